@@ -1,0 +1,1862 @@
+"""PPO from human feedback for a language model, in one file to read, edit and run.
+
+    4 models   actor    pi_theta  writes the responses                  trained by the policy loss
+               critic   V         expects the reward still to come      trained by the value loss
+               reward   score     judges a whole response               frozen
+               ref      pi_ref    the actor as it was loaded            frozen, the anchor
+    2 losses   policy loss (Eq. 5), value loss (Eq. 6)
+    1 loop     samples = generate_samples(prompts, actor)             for each rollout
+               experiences = generate_experiences(samples, models)    log-probs, values, scores, KL,
+                                                                      rewards, by GAE advantages
+               train_step(minibatch, actor, critic)                   max_epochs times over all of it
+
+`python ppo.py` builds a small demo offline and trains it. For your own models edit the constants.
+`import ppo` does nothing. The README derives Eq. 1-12 in the order of this file and says what each
+curve means; "Trap n" is row n of its table of the bugs that public code has.
+
+Symbols, one letter one meaning:
+    B rows (responses)   P width of prompts, padded left   T width of responses, padded right
+    L = P + T            t = 0 .. T-1 an action, that is a response token, the end token included
+    s_t the prompt and the first t response tokens   a_t response token t   V value   A advantage
+    r_t reward of a token   score reward of a response   ratio pi / pi_old
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import glob
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy
+import safetensors.torch
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+# ---- 0. Constants: edit these ------------------------------------------------------------------
+
+# Models: a folder or a hub id each. The demo's are built when they are not there.
+actor_name = "demo/actor"       # the model to train; as loaded, it is the reference too
+reward_name = "demo/reward"     # a sequence classifier with one output
+critic_name = None              # None: the reward model's body where that fits, else the actor's
+reward_fn = None                # reward_fn(prompts, responses, **columns) -> floats, instead
+gold_fn = None                  # the same form, logged and never trained on: is the reward hacked?
+lora_rank = 0                   # 0: all weights; 8 to 64: adapters, less memory, a higher actor_lr
+gradient_checkpointing = False  # True: a third more time, far less memory
+device = "cuda" if torch.cuda.is_available() else "cpu"
+trust_remote_code = False       # True runs Python out of the model's folder: read it first
+
+# Prompts: a list, a .txt (one a line) or a .jsonl (`prompt` or `messages`, columns for reward_fn)
+prompts_file = "demo/prompts.txt"
+eval_prompts_file = "demo/eval_prompts.txt"  # held out; None: no evaluation
+apply_chat_template = True      # wrap what actor and reward model read in their own templates
+max_length = 32                 # prompt tokens; longer prompts lose their beginning, and it is said
+
+# Rollout: rollout_batch_size * n_samples_per_prompt rows. More rows, less noise, slower.
+episodes = 10                   # passes over the prompts
+rollout_batch_size = 64         # prompts
+n_samples_per_prompt = 2        # responses to each: more tell luck from skill
+micro_rollout_batch_size = 128  # rows per `generate`: as many as fit
+max_new_tokens = 24
+temperature = 1.0               # of sampling and of scoring alike (Trap 8)
+missing_eos_penalty = 1.0       # off the score of a response that did not end; None: nothing
+truncated = "terminal"          # a response cut at max_new_tokens is over; "bootstrap": V goes on
+
+# Learning
+max_epochs = 4                  # passes over a rollout: more learn faster until the clip stops them
+train_batch_size = 64           # rows per optimizer step; divides the rows of a rollout
+micro_train_batch_size = 64     # rows per forward and backward, and for scoring: the memory knob
+actor_lr = 1e-3                 # 5e-7 to 1e-5 for real models
+critic_lr = 1e-3                # 5e-6 to 1e-5 for real models
+lr_schedule = "constant"        # or "linear", "cosine" down to 0, each after the warm-up
+warmup_steps = 0                # optimizer steps in which the rates rise from 0
+weight_decay = 0.0
+max_grad_norm = 1.0             # of each trained model (Trap 27)
+critic_warmup = 1               # first rollouts in which only the critic learns
+
+# Losses
+policy_loss = "clip"            # Eq. 5; "ppo1": Eq. 5c, a penalty holds KL(old, new) at target_kl
+clip_eps = 0.2                  # room of the ratio on both sides: more room, larger steps
+clip_eps_high = None            # room upwards, e.g. 0.28; None: clip_eps
+dual_clip = None                # e.g. 3.0: bounds the loss of a bad token whose ratio ran away
+value_clip_eps = None           # keeps V near the rollout's V; None: free
+huber_delta = None              # errors of V beyond it count linearly; None: squared
+loss_agg = "token-mean"         # or "seq-mean-token-mean", "seq-mean-token-sum" (Trap 18)
+entropy_coef = 0.0              # above 0 rewards randomness, and costs a softmax
+target_kl = None                # KL(old, new) that ends a rollout's epochs; PPO1: its target
+gamma = 1.0                     # below 1 the first tokens do not see the score (Trap 4)
+lambd = 0.95                    # GAE: 1 trusts the rewards (noise), 0 trusts the critic (bias)
+whiten_advantages = True        # over the rollout: actor_lr means the same at any scale of scores
+
+# KL and reward
+kl_coef = 0.05                  # price of a nat of distance from the reference
+kl_coef_start = None            # a higher one at the start, annealed in the first half of the run
+kl_in = "reward"                # Eq. 8 with k1; "loss": k2 in the policy's loss
+kl_target = None                # nats per response that an adaptive kl_coef aims at; None: fixed
+kl_horizon = 10000              # rows over which it adapts
+clip_reward = 10.0              # scores are cut at +- this: keep it wide (Trap 6); None: never
+normalize_scores = False        # by mean and standard deviation of all scores so far
+whiten_rewards = False          # token rewards to variance 1, mean kept
+
+# Running
+seed = 1
+run_name = "demo"               # TensorBoard, checkpoints, best actor: runs/<run_name>
+eval_every = 10                 # rollouts; 0: before and after only
+save_every = 20                 # rollouts; 0: no checkpoint
+keep_checkpoints = 2
+resume = None                   # "latest", or the path of a checkpoint
+self_check = "stop"             # before the first rollout; "warn": go on all the same; "off"
+trace_every = 20                # rollouts between two responses shown token by token; 0: none
+
+CONSTANTS = [name for name, value in list(globals().items())
+             if not name.startswith("_") and isinstance(value, (int, float, str, type(None)))]
+
+
+class InputError(ValueError):
+    """Something that the user can mend: main prints it as one sentence, without a traceback."""
+
+
+# ---- 1. Prompts --------------------------------------------------------------------------------
+
+
+class PromptDataset(torch.utils.data.Dataset):
+    """Items are dicts: `prompt` as it was given, `text` as the actor reads it, and the columns.
+
+    `truncated` counts the prompts longer than `max_length` tokens: they will lose their beginning.
+    Raises InputError for no prompts, an empty one, or a tokenizer without a chat template."""
+
+    def __init__(self, prompts, tokenizer, apply_chat_template, max_length):
+        self.items, self.truncated = read_prompts(prompts), 0
+        if not self.items:
+            raise InputError(f"no prompt in {prompts!r}: write one, or mend prompts_file")
+        if apply_chat_template and not tokenizer.chat_template:
+            raise InputError("actor_name has no chat template: set apply_chat_template = False")
+        for n, item in enumerate(self.items, 1):
+            prompt = item["text"] = item["prompt"]
+            if not prompt or isinstance(prompt, str) and not prompt.strip():
+                raise InputError(f"prompt {n} of {prompts!r} is empty: remove it")
+            if apply_chat_template:
+                item["text"] = tokenizer.apply_chat_template(
+                    to_messages(prompt, tokenizer), tokenize=False, add_generation_prompt=True)
+            elif not isinstance(prompt, str):
+                raise InputError(f"prompt {n} is messages: set apply_chat_template = True")
+            ids = tokenizer(item["text"], add_special_tokens=not apply_chat_template)["input_ids"]
+            self.truncated += len(ids) > max_length
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+# ---- 2. Four models ----------------------------------------------------------------------------
+#
+# How the tensors lie. One row with P = 4 (one pad) and T = 4, ended after three tokens:
+#
+#     column          0    1    2    3  |  4    5    6    7       column P + t holds a_t
+#     seqs           pad   q0   q1   q2 |  a0   a1  eos  pad      the end token is an action, earns
+#     attention_mask  0    1    1    1  |  1    1    1    0       the score, has a gradient: by that
+#     action_mask                       |  1    1    1    0       stopping is learnt (Traps 1, 2)
+#     position_ids    0    0    1    2  |  3    4    5    6
+#     predicts                       a0 |  a1  eos                log pi(a_t) and V(s_t) are read
+#                                                                 one column left of a_t (Trap 3)
+#
+# Actor and reference are loaded twice from actor_name, the reward model from reward_name, in fp32
+# with dropout off (load_model in section 8); the critic gets a body of its own.
+
+
+def get_position_ids(attention_mask):
+    """(B, L) -> (B, L), counted from the first real token. Without them left padding shifts learned
+    positions (GPT-2: log-probs off by 0.2 to 5, Trap 11); rotary ones are right by luck."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def autocast(model):
+    """bf16 for the products on a GPU, over weights that stay fp32: in bf16 Adam's small steps would
+    be rounded away (Trap 17)."""
+    kind = next(model.parameters()).device.type
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda")
+
+
+def compute_log_probs(model, seqs, attention_mask, num_actions, temperature=1.0,
+                      with_entropy=False):
+    """Eq. 3: log pi(a_t given s_t) = z[a_t] - logsumexp(z), z the logits one place left of a_t.
+
+    (B, L) -> (B, T), T = num_actions; with_entropy: and the entropy of pi(. given s_t), (B, T).
+    Logits are made for the response alone, and a_t's log-prob is all that stays of them: at a
+    vocabulary of 152k they are most of the memory (Trap 29). They come from the model's own
+    forward: some models scale or cap them after the lm_head (Granite, Cohere, Gemma 2)."""
+    with autocast(model):  # the last token predicts nothing that is needed
+        logits = model(input_ids=seqs[:, :-1], attention_mask=attention_mask[:, :-1],
+                       position_ids=get_position_ids(attention_mask[:, :-1]),
+                       use_cache=False, logits_to_keep=num_actions).logits  # (B, T, vocabulary)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1.0:
+        logits = logits / temperature
+    actions = seqs[:, -num_actions:]
+    losses = F.cross_entropy(logits.flatten(0, 1), actions.flatten(), reduction="none")
+    log_probs = -losses.view_as(actions)
+    if not with_entropy:
+        return log_probs
+    all_log_probs = logits.log_softmax(-1)
+    return log_probs, -(all_log_probs.exp() * all_log_probs).sum(-1)
+
+
+class Critic(nn.Module):
+    """V(s_t): a decoder's body and one number per position, e.g. Critic(actor_model.base_model).
+
+    The body is copied: one shared with the actor would be moved by two optimizers, each after the
+    other's loss was computed (Trap 7). The head starts at 0: a random one would make the first
+    advantages noise (Trap 5)."""
+
+    def __init__(self, base_model):
+        super().__init__()
+        self.base_model = copy.deepcopy(base_model).requires_grad_(True)
+        hidden_size = base_model.config.get_text_config().hidden_size
+        self.value_head = nn.Linear(hidden_size, 1, device=base_model.device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def forward(self, seqs, attention_mask, num_actions, with_last=False):
+        """(B, L) -> V(s_0) .. V(s_{T-1}), (B, T); with_last: and V(s_T), (B, T + 1)."""
+        if not with_last:
+            seqs, attention_mask = seqs[:, :-1], attention_mask[:, :-1]
+        with autocast(self):
+            hidden = self.base_model(
+                input_ids=seqs, attention_mask=attention_mask, use_cache=False,
+                position_ids=get_position_ids(attention_mask)).last_hidden_state
+        hidden = hidden[:, -(num_actions + with_last):].to(self.value_head.weight.dtype)
+        return self.value_head(hidden).squeeze(-1)
+
+
+def make_critic(actor_model, reward_model):
+    """The critic starts from the reward model's body, which knows good from bad, where it reads the
+    same tokens (a decoder of the same type and vocabulary); else from the actor's."""
+    actor, reward = actor_model.config, getattr(reward_model, "config", None)
+    fits = reward and (actor.model_type, actor.vocab_size) == (reward.model_type, reward.vocab_size)
+    return Critic((reward_model if fits else actor_model).base_model).eval()
+
+
+# ---- 3. Two losses -----------------------------------------------------------------------------
+
+
+def compute_policy_loss(log_probs, old_log_probs, advantages, action_mask=None, clip_eps=0.2,
+                        clip_eps_high=None, dual_clip=None, loss_agg="token-mean",
+                        denominator=None):
+    """Eq. 4, 5: ratio = exp(log_probs - old_log_probs); loss = -min(ratio A, clip(ratio) A), with
+    clip to [1 - clip_eps, 1 + clip_eps_high]; where A < 0, at most -dual_clip A.
+
+    (B, T) each -> scalar. clip_eps None: no clipping (PPO1). loss_agg: "token-mean",
+    "seq-mean-token-mean", "seq-mean-token-sum"; denominator: the tokens (the rows, for the latter
+    two) of the whole optimizer step, when this call is a part of it. ValueError: other loss_agg.
+    Schulman et al. 2017 (arXiv 1707.06347), Eq. 6-7; dual clip: Ye et al. 2020 (1912.09729)."""
+    mask = torch.ones_like(log_probs) if action_mask is None else action_mask
+    mask = mask.bool()
+    # Masked before exp: garbage on padding would become inf, and inf * 0 is NaN (Trap 22). In the
+    # backward too, hence the clamp: e^20 is far beyond every clip, e^89 is inf in fp32.
+    log_ratio = (log_probs - old_log_probs).masked_fill(~mask, 0.0).clamp(max=20.0)
+    advantages = advantages.masked_fill(~mask, 0.0)
+    ratio = log_ratio.exp()
+    losses = -ratio * advantages
+    if clip_eps is not None:
+        high = clip_eps if clip_eps_high is None else clip_eps_high
+        # The worse of two: the clamp alone has no gradient where a bad token became likelier, or a
+        # good one less likely (Trap 21).
+        losses = torch.max(losses, -ratio.clamp(1 - clip_eps, 1 + high) * advantages)
+    if dual_clip is not None:
+        bounded = torch.min(losses, -dual_clip * advantages)
+        losses = torch.where(advantages < 0, bounded, losses)
+    if loss_agg not in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"):
+        raise ValueError(f"loss_agg is {loss_agg!r}: use token-mean, seq-mean-token-mean or -sum")
+    if loss_agg == "seq-mean-token-mean":  # tokens of a short response weigh more (Trap 18)
+        losses = losses / mask.sum(-1, keepdim=True).clamp(min=1)
+    count = mask.sum() if loss_agg == "token-mean" else mask.any(-1).sum()
+    return losses.sum() / (count.clamp(min=1) if denominator is None else denominator)
+
+
+def compute_value_loss(values, old_values, returns, action_mask=None, clip_eps=None,
+                       huber_delta=None, loss_agg="token-mean", denominator=None):
+    """Eq. 6: e = V - return; loss = e^2 / 2, beyond |e| = d = huber_delta: d (|e| - d / 2).
+
+    (B, T) each -> scalar. clip_eps: the larger of this and the loss of V kept within clip_eps of
+    old_values. No further half, no coefficient: the critic has its own optimizer. loss_agg,
+    denominator, ValueError: as in compute_policy_loss. Huber 1964; the clip is not in a paper, it
+    comes from OpenAI's baselines (ppo2)."""
+    mask = torch.ones_like(values) if action_mask is None else action_mask
+    mask = mask.bool()
+
+    def error_loss(predicted):
+        error = (predicted - returns).masked_fill(~mask, 0.0)
+        if huber_delta is None:
+            return error.square() / 2
+        return F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=huber_delta)
+
+    losses = error_loss(values)
+    if clip_eps is not None:
+        near_old = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
+        losses = torch.max(losses, error_loss(near_old))
+    if loss_agg not in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"):
+        raise ValueError(f"loss_agg is {loss_agg!r}: use token-mean, seq-mean-token-mean or -sum")
+    if loss_agg == "seq-mean-token-mean":
+        losses = losses / mask.sum(-1, keepdim=True).clamp(min=1)
+    count = mask.sum() if loss_agg == "token-mean" else mask.any(-1).sum()
+    return losses.sum() / (count.clamp(min=1) if denominator is None else denominator)
+
+
+# ---- 4. What the losses need: KL, rewards, advantages and returns ------------------------------
+
+
+def compute_approx_kl(log_probs, ref_log_probs, action_mask=None, kl_estimator="k1"):
+    """Eq. 7: k1 = log pi - log pi_ref, k2 = k1^2 / 2, k3 = exp(-k1) - 1 + k1.
+
+    (B, T) each -> (B, T), nats per token, 0 where the mask is 0. The first argument is the policy
+    that sampled: only then are the means of k1 and k3 KL(pi, pi_ref). A token's k1 may be negative;
+    a mean that stays so says that sampling and scoring differ (Trap 8). ValueError: another
+    estimator. Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html)."""
+    log_ratio = log_probs - ref_log_probs
+    if action_mask is not None:
+        log_ratio = log_ratio.masked_fill(~action_mask.bool(), 0.0)
+    if kl_estimator == "k1":
+        return log_ratio
+    if kl_estimator == "k2":
+        return log_ratio.square() / 2
+    if kl_estimator == "k3":
+        return torch.expm1(-log_ratio) + log_ratio
+    raise ValueError(f"kl_estimator is {kl_estimator!r}: use k1, k2 or k3")
+
+
+def compute_rewards(kl, scores, action_mask, kl_coef, clip_reward=None):
+    """Eq. 8: r_t = -kl_coef kl_t; the last real token gets the score too, clamped to +-clip_reward.
+
+    kl (B, T), scores (B,), action_mask (B, T) -> (B, T), 0 where the mask is 0. kl is k1: as a
+    reward its gradient is that of -KL, that of k3 has the wrong sign (Trap 24). Ziegler et al. 2019
+    (arXiv 1909.08593), Eq. 2."""
+    mask = action_mask.bool()
+    rewards = -kl_coef * kl.masked_fill(~mask, 0.0)
+    if clip_reward is not None:  # wide: within +-0.2 all good answers are equal (Trap 6)
+        scores = scores.clamp(-clip_reward, clip_reward)
+    # Of each row its own last token: in the last column a short row has padding (Traps 1, 23).
+    places = torch.arange(mask.shape[1], device=mask.device)
+    last = (places * mask).argmax(-1, keepdim=True)  # (B, 1)
+    score = scores.to(rewards.dtype).unsqueeze(-1)  # (B, 1)
+    return rewards + torch.where((places == last) & mask, score, 0.0)
+
+
+def get_advantages_and_returns(values, rewards, action_mask, gamma, lambd, last_values=None,
+                               dones=None):
+    """Eq. 9: delta_t = r_t + gamma V(s_{t+1}) - V(s_t);
+    Eq. 10, 11: A_t = delta_t + gamma lambd A_{t+1}; return_t = A_t + V(s_t).
+
+    (B, T) each -> (advantages, returns), (B, T), detached, 0 where the mask is 0 (None: all real).
+    After the last real token of a row V is last_values (B,): by default 0, the response has ended.
+    dones (B, T): episodes inside a row, as in a simulator; nothing flows back across one.
+    Schulman et al. 2016 (arXiv 1506.02438), Eq. 12 and 16."""
+    mask = torch.ones_like(values) if action_mask is None else action_mask
+    mask = mask.bool()
+    values, rewards = values.masked_fill(~mask, 0.0), rewards.masked_fill(~mask, 0.0)
+    dones = torch.zeros_like(mask) if dones is None else dones.bool() & mask
+    lastgaelam = torch.zeros_like(values[:, 0])
+    nextvalues = lastgaelam if last_values is None else last_values.to(values.dtype)
+    advantages_reversed = []
+    for t in reversed(range(values.shape[1])):
+        nextvalues = nextvalues.masked_fill(dones[:, t], 0.0)
+        lastgaelam = lastgaelam.masked_fill(dones[:, t], 0.0)
+        delta = rewards[:, t] + gamma * nextvalues - values[:, t]
+        # Padding passes on what stands behind it, so a row ends at its own last token.
+        lastgaelam = torch.where(mask[:, t], delta + gamma * lambd * lastgaelam, lastgaelam)
+        nextvalues = torch.where(mask[:, t], values[:, t], nextvalues)
+        advantages_reversed.append(lastgaelam)
+    advantages = torch.stack(advantages_reversed[::-1], dim=1).masked_fill(~mask, 0.0)
+    return advantages.detach(), (advantages + values).detach()
+
+
+def whiten(values, mask, shift_mean=True):
+    """Variance 1 (unbiased) and mean 0 (shift_mean=False: the mean it had) over the entries where
+    the mask is 1; the others become 0. Any shape -> the same; finite also for equal entries or a
+    single one. For a whole rollout: by micro-batches it would change what is learnt. Ziegler et al.
+    2019, in their code."""
+    mask = mask.bool()
+    count = mask.sum()
+    mean = values.masked_fill(~mask, 0.0).sum() / count.clamp(min=1)
+    centred = (values - mean).masked_fill(~mask, 0.0)
+    variance = centred.square().sum() / (count - 1).clamp(min=1)
+    whitened = centred * (variance + 1e-8).rsqrt()
+    return whitened if shift_mean else (whitened + mean).masked_fill(~mask, 0.0)
+
+
+def anneal_kl_coef(fraction, kl_coef, kl_coef_start):
+    """kl_coef at a fraction 0 .. 1 of the run: geometric from kl_coef_start to kl_coef in the first
+    half. A strong anchor at first keeps responses alive that turn out good later."""
+    return kl_coef_start * (kl_coef / kl_coef_start) ** min(1.0, 2 * fraction)
+
+
+def adapt_kl_coef(kl_coef, kl, kl_target, rows, kl_horizon):
+    """Larger where kl, nats per response, is above its target. Ziegler et al. 2019, section 2.2."""
+    error = min(max(kl / kl_target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * rows / kl_horizon)
+
+
+def adapt_ppo1_beta(ppo1_beta, kl, target_kl):
+    """The coefficient of PPO1's penalty, from KL(old, new). Schulman et al. 2017, section 4."""
+    factor = 0.5 if kl < target_kl / 1.5 else 2.0 if kl > target_kl * 1.5 else 1.0
+    return ppo1_beta * factor
+
+
+# ---- 5. What flows between ---------------------------------------------------------------------
+
+
+@dataclass
+class Samples:
+    """A batch out of `generate`, still padded."""
+    seqs: torch.Tensor            # (B, L) tokens of prompt and response
+    attention_mask: torch.Tensor  # (B, L) 1 on real tokens
+    action_mask: torch.Tensor     # (B, T) 1 on real response tokens, the end token included
+    num_actions: int              # T
+    ended: torch.Tensor           # (B,)   an end token was sampled
+    items: list                   # B items of the PromptDataset
+    responses: list               # B texts
+
+
+@dataclass
+class Experience:
+    """In the buffer one row, without B and without padding; from collate_fn a padded batch."""
+    seqs: torch.Tensor                         # (B, L)
+    attention_mask: torch.Tensor               # (B, L)
+    action_mask: torch.Tensor                  # (B, T)
+    info: dict = None                          # item, response, ended, raw_score
+    old_action_log_probs: torch.Tensor = None  # (B, T) log pi_old(a_t given s_t): it sampled
+    ref_action_log_probs: torch.Tensor = None  # (B, T) log pi_ref(a_t given s_t)
+    values: torch.Tensor = None                # (B, T) V_old(s_t)
+    last_values: torch.Tensor = None           # (B,)   after the last token: 0, or V_old(s_T)
+    kl: torch.Tensor = None                    # (B, T) k1 of (pi_old, pi_ref)
+    scores: torch.Tensor = None                # (B,)   as Eq. 8 takes them
+    rewards: torch.Tensor = None               # (B, T) r_t
+    advantages: torch.Tensor = None            # (B, T) A_t
+    returns: torch.Tensor = None               # (B, T) return_t
+
+
+def collate_fn(rows):
+    """Rows -> one Experience, prompts padded on the left, responses on the right, with zeros: so
+    are the masks there, and what lies under a mask counts nowhere."""
+    T = max(len(row.action_mask) for row in rows)
+    P = max(len(row.seqs) - len(row.action_mask) for row in rows)
+
+    def pad(name):
+        parts = [getattr(row, name) for row in rows]
+        if not isinstance(parts[0], torch.Tensor):
+            return parts
+        if parts[0].dim() == 0:
+            return torch.stack(parts)
+        whole = name in ("seqs", "attention_mask")
+        batch = parts[0].new_zeros(len(rows), P + T if whole else T)
+        for line, part, row in zip(batch, parts, rows):
+            start = P + len(row.action_mask) - len(row.seqs) if whole else 0
+            line[start:start + len(part)] = part
+        return batch
+
+    return Experience(**{f.name: pad(f.name) for f in dataclasses.fields(Experience)})
+
+
+def split_by_length(rows, size):
+    """Lists of `size` rows of like length, so that little of a micro-batch is padding. The longest
+    first: what does not fit into memory fails at once."""
+    rows = sorted(rows, key=lambda row: -len(row.seqs))
+    return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+
+@dataclass
+class ExperienceBuffer:
+    """The rows of one rollout. Rows, not micro-batches: a batch of 2 is 2 rows (Trap 15)."""
+    rows: list = field(default_factory=list)
+
+    def append(self, experiences):
+        self.rows.extend(experiences)
+
+    def clear(self):
+        self.rows.clear()
+
+    def minibatches(self, size, generator=None):
+        """A new random order, in lists of `size` rows; the last may be shorter."""
+        order = torch.randperm(len(self.rows), generator=generator).tolist()
+        return [[self.rows[i] for i in order[k:k + size]] for k in range(0, len(order), size)]
+
+
+# ---- 6. Prompts to experience ------------------------------------------------------------------
+
+
+def get_end_tokens(model, tokenizer):
+    """Ids that end a response: the model's own (chat models have several) and the tokenizer's."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None})
+
+
+def get_action_mask(responses, end_tokens):
+    """(B, T) ids -> (B, T), 1 up to and with the first end token. By position: padding may be
+    spelled like an end token, and a pad token may be sampled (Trap 9). An empty answer is one
+    action, its end token (Trap 10)."""
+    is_end = torch.isin(responses, torch.tensor(end_tokens, device=responses.device)).long()
+    return (is_end.cumsum(-1) - is_end == 0).long()
+
+
+@contextlib.contextmanager
+def plain_sampling(model, end_tokens, pad_token_id, temperature, max_new_tokens):
+    """Inside, `generate` samples from softmax(logits / temperature) and nothing else. The model's
+    own config is replaced, for `generate` takes from it what a passed one leaves open; and top_k=0
+    is said, for unsaid it is 50. Otherwise KL to the reference turns negative (Trap 8)."""
+    own, model.generation_config = model.generation_config, transformers.GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens, eos_token_id=end_tokens, pad_token_id=pad_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@torch.no_grad()
+def generate_samples(prompts, model, actor_tokenizer, max_length, max_new_tokens,
+                     n_samples_per_prompt, micro_rollout_batch_size, temperature=1.0,
+                     add_special_tokens=True):
+    """Items of a PromptDataset, or texts -> list of Samples, micro_rollout_batch_size rows in each,
+    n_samples_per_prompt for a prompt in turn. add_special_tokens: False for text out of a chat
+    template, which brings its own BOS (Trap 16)."""
+    items = [p if isinstance(p, dict) else {"prompt": p, "text": p} for p in prompts]
+    items = [item for item in items for _ in range(n_samples_per_prompt)]
+    # Padded on the left: every response starts in one column. Cut there too: the question stands on
+    # the right (Trap 12).
+    actor_tokenizer.padding_side = actor_tokenizer.truncation_side = "left"
+    end_tokens, samples_list = get_end_tokens(model, actor_tokenizer), []
+    for start in range(0, len(items), micro_rollout_batch_size):
+        part = items[start:start + micro_rollout_batch_size]
+        inputs = actor_tokenizer(
+            [item["text"] for item in part], add_special_tokens=add_special_tokens, padding=True,
+            truncation=True, max_length=max_length, return_tensors="pt").to(model.device)
+        prompt_ids, prompt_mask = inputs["input_ids"], inputs["attention_mask"]  # (B, P)
+        with autocast(model), plain_sampling(model, end_tokens, actor_tokenizer.pad_token_id,
+                                             temperature, max_new_tokens):
+            seqs = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask)
+        action_mask = get_action_mask(seqs[:, prompt_ids.shape[1]:], end_tokens)
+        attention_mask = torch.cat([prompt_mask, action_mask], dim=1)
+        num_actions, lengths = action_mask.shape[1], action_mask.sum(-1)
+        actions = [row[:n] for row, n in zip(seqs[:, -num_actions:], lengths)]
+        ended = torch.tensor([row[-1].item() in end_tokens for row in actions])
+        responses = [actor_tokenizer.decode(row, skip_special_tokens=True) for row in actions]
+        samples_list.append(
+            Samples(seqs, attention_mask, action_mask, num_actions, ended, part, responses))
+    return samples_list
+
+
+@torch.no_grad()
+def compute_scores(prompts, responses, reward_model, reward_tokenizer=None,
+                   apply_chat_template=True, micro_train_batch_size=8, columns=None):
+    """Texts -> floats, one a response. reward_model: a sequence classifier, or a function
+    reward_fn(prompts, responses, **columns). InputError: it returned something else."""
+    if not isinstance(reward_model, nn.Module):
+        return check_scores(reward_model(prompts, responses, **(columns or {})), responses)
+    reward_tokenizer.padding_side, reward_tokenizer.truncation_side = "right", "left"
+    limit = getattr(reward_model.config, "max_position_embeddings", None) or sys.maxsize
+    limit = min(limit, reward_tokenizer.model_max_length)
+    inputs = [to_reward_inputs(prompt, response, reward_tokenizer, apply_chat_template, limit)
+              for prompt, response in zip(prompts, responses)]
+    by_length = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]["input_ids"]))
+    scores = {}
+    for start in range(0, len(inputs), micro_train_batch_size):
+        part = by_length[start:start + micro_train_batch_size]
+        batch = reward_tokenizer.pad([inputs[i] for i in part], return_tensors="pt")
+        with autocast(reward_model):  # no position_ids: encoders count in their own way (Trap 11)
+            logits = reward_model(**batch.to(reward_model.device)).logits  # (B, 1)
+        scores.update(zip(part, logits.squeeze(-1).tolist()))
+    return [scores[i] for i in range(len(inputs))]
+
+
+def to_rows(samples_list):
+    """Samples -> list of Experience, a row each, without padding."""
+    rows = []
+    for samples in samples_list:
+        P = samples.seqs.shape[1] - samples.num_actions
+        for i, n in enumerate(samples.action_mask.sum(-1).tolist()):
+            seqs = samples.seqs[i, :P + n][samples.attention_mask[i, :P + n].bool()]
+            info = dict(item=samples.items[i], response=samples.responses[i],
+                        ended=bool(samples.ended[i]))
+            rows.append(Experience(seqs, torch.ones_like(seqs), torch.ones_like(seqs[-n:]), info))
+    return rows
+
+
+@torch.no_grad()
+def generate_experiences(samples_list, actor_model, critic_model, reward_model, ref_model,
+                         reward_tokenizer=None, apply_chat_template=True, temperature=1.0,
+                         micro_train_batch_size=8, kl_coef=0.0, kl_in="reward", clip_reward=None,
+                         score_moments=None, missing_eos_penalty=None, truncated="terminal",
+                         whiten_rewards=False, whiten_advantages=True, gamma=1.0, lambd=0.95):
+    """Samples -> complete rows: what four models say (Eq. 3, 7), rewards (Eq. 8), advantages and
+    returns (Eq. 9-11). score_moments: updated with the scores, which it then normalises."""
+    rows, bootstrap = to_rows(samples_list), truncated == "bootstrap"
+    for part in split_by_length(rows, micro_train_batch_size):
+        batch = collate_fn(part)
+        inputs, num_actions = (batch.seqs, batch.attention_mask), batch.action_mask.shape[1]
+        # Not from `generate`: only the forward of train_step makes the first ratio 1 (Trap 20).
+        action_log_probs = compute_log_probs(actor_model, *inputs, num_actions, temperature)
+        ref_action_log_probs = compute_log_probs(ref_model, *inputs, num_actions, temperature)
+        value = critic_model(*inputs, num_actions, with_last=bootstrap)
+        for i, row in enumerate(part):
+            n = len(row.action_mask)
+            row.old_action_log_probs = action_log_probs[i, :n]
+            row.ref_action_log_probs = ref_action_log_probs[i, :n]
+            row.values = value[i, :n]
+            # Nothing comes after an end; what was cut may go on, if one says so (Trap 28).
+            goes_on = bootstrap and not row.info["ended"]
+            row.last_values = value[i, n] if goes_on else torch.zeros_like(value[i, 0])
+
+    items, responses = zip(*((row.info["item"], row.info["response"]) for row in rows))
+    columns = {name: [item.get(name) for item in items] for item in items for name in item}
+    prompts, _ = columns.pop("prompt"), columns.pop("text")
+    raw_scores = compute_scores(prompts, list(responses), reward_model, reward_tokenizer,
+                                apply_chat_template, micro_train_batch_size, columns)
+    for row, raw_score in zip(rows, raw_scores):
+        row.info["raw_score"] = raw_score
+
+    rows = gather_rows(rows)  # now the whole rollout: means from here on are over all of it
+    batch = collate_fn(rows)
+    action_mask = batch.action_mask
+    scores = torch.tensor([row.info["raw_score"] for row in rows], dtype=torch.float64)  # (B,)
+    if score_moments is not None:
+        score_moments.update(scores)
+        scores = (scores - score_moments.mean) / (score_moments.std + 1e-8)
+    if missing_eos_penalty is not None:
+        scores -= missing_eos_penalty * torch.tensor([not row.info["ended"] for row in rows])
+    scores = scores.to(batch.values)
+    kl = compute_approx_kl(batch.old_action_log_probs, batch.ref_action_log_probs, action_mask)
+    in_reward = kl_coef if kl_in == "reward" else 0.0
+    rewards = compute_rewards(kl, scores, action_mask, in_reward, clip_reward)
+    if whiten_rewards:
+        rewards = whiten(rewards, action_mask, shift_mean=False)
+    advantages, returns = get_advantages_and_returns(
+        batch.values, rewards, action_mask, gamma, lambd, batch.last_values)
+    if whiten_advantages:
+        advantages = whiten(advantages, action_mask)
+    for i, row in enumerate(rows):
+        n, row.scores = len(row.action_mask), scores[i]
+        row.kl, row.rewards, row.advantages, row.returns = (
+            tensor[i, :n] for tensor in (kl, rewards, advantages, returns))
+    return rows
+
+
+# ---- 7. The update and the loop ----------------------------------------------------------------
+
+
+def compute_penalty(action_log_probs, batch, entropy, ppo1_beta, kl_loss_coef, entropy_coef):
+    """Optional terms of the policy's loss, (B, T): Eq. 5c, PPO1's ppo1_beta KL(old, new) by k3; the
+    KL to the reference by k2; minus the entropy."""
+    old_action_log_probs, mask = batch.old_action_log_probs, batch.action_mask
+    kl = compute_approx_kl(old_action_log_probs, action_log_probs, mask, "k3")
+    penalty = ppo1_beta * kl
+    if kl_loss_coef:
+        # k2's gradient is the KL's under the policy that sampled. After the first step that is not
+        # the policy of now any more; the detached ratio makes up for it.
+        ratio = (action_log_probs - old_action_log_probs).masked_fill(mask == 0, 0.0).detach().exp()
+        k2 = compute_approx_kl(action_log_probs, batch.ref_action_log_probs, mask, "k2")
+        penalty = penalty + kl_loss_coef * ratio * k2
+    return penalty - entropy_coef * entropy if entropy_coef else penalty
+
+
+def train_step(experience, actor_model, critic_model, actor_optimizer, critic_optimizer,
+               micro_train_batch_size, temperature=1.0, clip_eps=0.2, clip_eps_high=None,
+               dual_clip=None, value_clip_eps=None, huber_delta=None, loss_agg="token-mean",
+               max_grad_norm=1.0, ppo1_beta=0.0, kl_loss_coef=0.0, entropy_coef=0.0,
+               update_actor=True):
+    """One optimizer step of actor and critic on a list of rows -> dict of floats, means over the
+    real tokens of the step. Changes weights and nothing else. FloatingPointError: a loss or a
+    gradient is not finite; no weight has moved then."""
+    share, metrics = my_share(experience), defaultdict(float)
+    # One denominator for the whole step: a mean of micro-batch means would weigh the tokens of a
+    # short micro-batch more (Trap 19).
+    tokens = sum(len(row.action_mask) for row in experience)
+    whole = tokens if loss_agg == "token-mean" else len(experience)
+    agg = dict(loss_agg=loss_agg, denominator=whole * len(share) / len(experience))
+    for optimizer in (actor_optimizer, critic_optimizer):
+        optimizer.zero_grad(set_to_none=False)  # kept allocated: fresh memory is slow to touch
+    for rows in split_by_length(share, micro_train_batch_size):
+        batch = collate_fn(rows)
+        inputs, action_mask = (batch.seqs, batch.attention_mask), batch.action_mask
+        num_actions, old_action_log_probs = action_mask.shape[1], batch.old_action_log_probs
+        if update_actor:
+            with recomputing(actor_model):
+                output = compute_log_probs(actor_model, *inputs, num_actions, temperature,
+                                           with_entropy=entropy_coef != 0)
+                action_log_probs, entropy = output if entropy_coef else (output, None)
+                policy_loss = compute_policy_loss(
+                    action_log_probs, old_action_log_probs, batch.advantages, action_mask,
+                    clip_eps, clip_eps_high, dual_clip, **agg)
+                penalty = compute_penalty(action_log_probs, batch, entropy, ppo1_beta,
+                                          kl_loss_coef, entropy_coef)
+                # At ratio 1 the policy loss is the mean of -A: the same mean for the penalty.
+                here = action_log_probs.detach()
+                penalty = compute_policy_loss(here, here, -penalty, action_mask, None, **agg)
+                (policy_loss + penalty).backward()
+            add_policy_metrics(metrics, policy_loss, here, batch, clip_eps, clip_eps_high)
+        with recomputing(critic_model):
+            values = critic_model(*inputs, num_actions)
+            value_loss = compute_value_loss(values, batch.values, batch.returns, action_mask,
+                                            value_clip_eps, huber_delta, **agg)
+            value_loss.backward()
+        add_value_metrics(metrics, value_loss, values.detach(), batch, value_clip_eps)
+    metrics = finish_metrics(metrics)
+    if update_actor:  # the norms before clipping (Trap 27)
+        metrics["actor_grad_norm"] = clip_gradients(actor_model, max_grad_norm)
+    metrics["critic_grad_norm"] = clip_gradients(critic_model, max_grad_norm)
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{name} is {value}")
+    if update_actor:
+        actor_optimizer.step()
+    critic_optimizer.step()
+    return metrics
+
+
+def evaluate(dataset, actor_model, critic_model, reward_model, ref_model, sampling, scoring, seed):
+    """One response to each held-out prompt -> list of rows. Its random numbers are the same each
+    time, and those of training stay as they were."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        samples_list = generate_samples(
+            list(dataset), actor_model, **{**sampling, "n_samples_per_prompt": 1})
+        return generate_experiences(samples_list, actor_model, critic_model, reward_model,
+                                    ref_model, **scoring)[:len(dataset)]
+
+
+def train(prompts_dataset, eval_dataset, actor_model, critic_model, reward_model, ref_model,
+          actor_tokenizer, reward_tokenizer, writer):
+    """The run that the constants describe. reward_model: a sequence classifier, or a function
+    reward_fn(prompts, responses, **columns) -> floats. eval_dataset and writer may be None."""
+    models = (actor_model, critic_model, reward_model, ref_model)
+    optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr,
+                                    weight_decay=weight_decay, fused=True)
+                  for model, lr in ((actor_model, actor_lr), (critic_model, critic_lr))]
+    sampling = dict(actor_tokenizer=actor_tokenizer, max_length=max_length,
+                    max_new_tokens=max_new_tokens, n_samples_per_prompt=n_samples_per_prompt,
+                    micro_rollout_batch_size=micro_rollout_batch_size, temperature=temperature,
+                    add_special_tokens=not apply_chat_template)
+    scoring = dict(reward_tokenizer=reward_tokenizer, apply_chat_template=apply_chat_template,
+                   temperature=temperature, micro_train_batch_size=micro_train_batch_size,
+                   clip_reward=clip_reward, missing_eos_penalty=missing_eos_penalty,
+                   truncated=truncated)
+    run = Run(models, optimizers, sampling, scoring, prompts_dataset, eval_dataset, writer)
+    state, buffer = run.start(), ExperienceBuffer()
+    while run.goes_on():
+        if kl_coef_start is not None:
+            state.kl_coef = anneal_kl_coef(run.fraction(), kl_coef, kl_coef_start)
+        with run.phase("generate"):
+            samples_list = generate_samples(my_share(run.next_prompts()), actor_model, **sampling)
+        with run.phase("score"):
+            buffer.append(generate_experiences(
+                samples_list, *models, **scoring, kl_coef=state.kl_coef, kl_in=kl_in, gamma=gamma,
+                score_moments=state.score_moments if normalize_scores else None, lambd=lambd,
+                whiten_rewards=whiten_rewards, whiten_advantages=whiten_advantages))
+        with run.phase("train"):
+            for experience in run.epochs(buffer):  # max_epochs times all minibatches
+                metrics = train_step(
+                    experience, actor_model, critic_model, *optimizers, micro_train_batch_size,
+                    temperature, clip_eps if policy_loss == "clip" else None, clip_eps_high,
+                    dual_clip, value_clip_eps, huber_delta, loss_agg, max_grad_norm,
+                    state.ppo1_beta if policy_loss == "ppo1" else 0.0,
+                    state.kl_coef if kl_in == "loss" else 0.0, entropy_coef,
+                    update_actor=state.rollout >= critic_warmup)
+                run.steps.append(metrics)
+                kl = metrics.get("approx_kl", 0.0)
+                if policy_loss == "clip" and target_kl is not None and kl > target_kl:
+                    break  # the rollout has become too old for its policy
+        rows = len(buffer.rows)
+        if kl_target is not None:
+            kl = sum(row.kl.sum().item() for row in buffer.rows) / rows
+            state.kl_coef = adapt_kl_coef(state.kl_coef, kl, kl_target, rows, kl_horizon)
+        if policy_loss == "ppo1" and state.rollout >= critic_warmup:
+            state.ppo1_beta = adapt_ppo1_beta(state.ppo1_beta, run.mean("approx_kl"), target_kl)
+        run.finish_rollout(buffer.rows)  # log, evaluate, save
+        buffer.clear()
+    return run.finish()
+
+
+# ---- the algorithm ends here -------------------------------------------------------------------
+
+
+# ---- 8. Input: prompts, models, texts ----------------------------------------------------------
+
+
+def read_prompts(source):
+    """A list, or the path of a .txt (one prompt a line) or .jsonl -> list of dicts with `prompt`, a text
+    or messages, and the other columns. InputError: names file and line."""
+    if not isinstance(source, str):
+        return [dict(item) if isinstance(item, dict) else {"prompt": item} for item in source]
+    try:
+        with open(source, encoding="utf-8-sig") as file:
+            lines = [(n, line.strip()) for n, line in enumerate(file, 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{source} cannot be read ({error}): mend prompts_file") from None
+    if not source.endswith(".jsonl"):
+        return [{"prompt": line} for _, line in lines]
+    items = []
+    for n, line in lines:
+        try:
+            item = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{source}, line {n} is not JSON: {error}") from None
+        if not isinstance(item, dict) or not (item.get("prompt") or item.get("messages")):
+            raise InputError(f"{source}, line {n} has no `prompt` and no `messages`: add one")
+        item["prompt"] = item.pop("messages", None) or item["prompt"]
+        items.append(item)
+    return items
+
+
+def get_prompt_indices(rollout, num_prompts):
+    """The prompts of rollout 0, 1, ...: each episode is an order of its own, and the last rollout of an
+    episode is filled from the next. A function of the number: no position has to be saved."""
+    indices = []
+    for k in range(rollout * rollout_batch_size, (rollout + 1) * rollout_batch_size):
+        episode, place = divmod(k, num_prompts)
+        order = random.Random(f"{seed} {episode}").sample(range(num_prompts), num_prompts)
+        indices.append(order[place])
+    return indices
+
+
+def get_lr_factor(step, total_steps):
+    """What the rates are multiplied by at an optimizer step; nothing of a schedule has to be saved."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    x = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    cosine = (1 + math.cos(math.pi * x)) / 2
+    return {"constant": 1.0, "linear": 1 - x, "cosine": cosine}[lr_schedule]
+
+
+def as_data(text, tokenizer):
+    """The text with the spelling of special tokens broken by a space: what a user or a model writes must
+    not end its turn in a chat template and open another."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for token in {*added, *tokenizer.all_special_tokens}:
+        text = text.replace(token, token[0] + " " + token[1:]) if len(token) > 1 else text
+    return text
+
+
+def to_messages(prompt, tokenizer):
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [{**message, "content": as_data(message["content"], tokenizer)} for message in messages]
+
+
+def load_tokenizer(constant, name):
+    tokenizer = load(transformers.AutoTokenizer, constant, name)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{constant} = {name!r} has a tokenizer without an end token: set eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless here: masks come from positions
+    return tokenizer
+
+
+def load(auto, constant, name, **options):
+    try:
+        return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{constant} = {name!r} cannot be loaded: "
+                         f"{str(error).strip().splitlines()[0]}") from None
+
+
+def load_model(constant, name):
+    """A model in fp32 on the device, dropout off for good. Only safetensors are read: no pickle runs.
+    InputError: weights that were never trained, a reward model with other than one output."""
+    causal, classifier = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
+    # dtype has to be said, bf16 is the default (Trap 17). num_labels must not be: with it a language
+    # model's checkpoint passes for a reward model, with a head of random numbers (Trap 14).
+    model, info = load(causal if constant == "actor_name" else classifier, constant, name,
+                       dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    if constant == "reward_name" and model.config.num_labels != 1:
+        raise InputError(f"reward_name = {name!r} has {model.config.num_labels} outputs: name one with 1")
+    missing = sorted(info["missing_keys"])
+    if missing and constant != "critic_name":
+        raise InputError(f"{constant} = {name!r} has no trained {missing[0]}: name a model that has")
+    return model.to(device).eval()  # dropout would move the ratio before any step (Trap 20)
+
+
+def to_reward_inputs(prompt, response, tokenizer, apply_chat_template, max_length):
+    """What a reward model reads, in its own words (Trap 13): its chat template where it has one, a
+    pair where its tokenizer separates pairs (encoders), else prompt + response + end token."""
+    response, cut = as_data(response, tokenizer), dict(truncation=True, max_length=max_length)
+    if apply_chat_template and tokenizer.chat_template:
+        messages = to_messages(prompt, tokenizer) + [{"role": "assistant", "content": response}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer(text, add_special_tokens=False, **cut)
+    if not isinstance(prompt, str):
+        prompt = "\n".join(message["content"] for message in prompt)
+    if tokenizer.sep_token and tokenizer.num_special_tokens_to_add(pair=True) > 2:
+        return tokenizer(prompt, response, **cut)
+    return tokenizer(prompt + response + (tokenizer.eos_token or ""), **cut)
+
+
+def check_scores(scores, responses):
+    """What a reward_fn returned -> list of floats, or InputError."""
+    try:
+        scores = [float(score) for score in scores]
+    except (TypeError, ValueError):
+        raise InputError("reward_fn returned what is not a list of numbers: return floats") from None
+    if len(scores) != len(responses):
+        raise InputError(f"reward_fn returned {len(scores)} scores for {len(responses)} responses")
+    for score, response in zip(scores, responses):
+        if not math.isfinite(score):
+            raise InputError(f"reward_fn returned {score} for {show(response)!r}: return finite ones")
+    return scores
+
+
+@dataclass
+class RunningMoments:
+    """Mean and standard deviation of all scores so far (Welford's sums)."""
+    count: int = 0
+    mean: float = 0.0
+    m2: float = 0.0
+
+    def update(self, scores):
+        for score in scores.tolist():
+            self.count += 1
+            delta = score - self.mean
+            self.mean += delta / self.count
+            self.m2 += delta * (score - self.mean)
+
+    @property
+    def std(self):
+        return math.sqrt(self.m2 / max(self.count - 1, 1))
+
+
+def show(text):
+    """Without control characters, so that a response cannot steer the terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+# ---- 9. What is logged -------------------------------------------------------------------------
+
+METRICS = {  # tag: what it is, healthy from, to, and where to look outside of that
+    "reward/score_mean": ("mean score, raw", None, None, ""),
+    "reward/score_std": ("its standard deviation", 1e-6, None, "all scores equal: the reward says nothing"),
+    "reward/after_kl": ("score less KL cost, a response", None, None, ""),
+    "reward/gold": ("mean of gold_fn", None, None, ""),
+    "reward/gold_lost": ("gold below its best so far", None, 0.1, "the reward is hacked: raise kl_coef"),
+    "kl/ref_k1": ("KL to the reference, nats a response", -0.5, None, "sampling and scoring differ: Trap 8"),
+    "kl/ref_k3": ("the same, never negative", None, 100, "far from the reference: raise kl_coef"),
+    "kl/kl_coef": ("price of a nat", None, None, ""),
+    "kl/ppo1_beta": ("price of KL(old, new), PPO1", None, None, ""),
+    "rollout/response_length": ("tokens", None, None, ""),
+    "rollout/ended": ("share that ended", 0.05, None, "nothing ends: raise max_new_tokens, missing_eos_penalty"),
+    "rollout/advantage_std": ("before whitening", None, None, ""),
+    "policy_loss": ("its value is no progress: Trap 26", None, None, ""),
+    "policy/ratio_mean": ("pi / pi_old", 0.9, 1.1, "steps too large: lower actor_lr"),
+    "policy/ratio_max": ("", None, 100, "steps too large: lower actor_lr"),
+    "policy/clip_upper": ("share clipped, good tokens", None, 0.15, "lower actor_lr or max_epochs"),
+    "policy/clip_lower": ("share clipped, bad tokens", None, 0.15, "lower actor_lr or max_epochs"),
+    "policy/approx_kl": ("KL(old, new), nats a token", None, 0.1, "lower actor_lr or set target_kl"),
+    "policy/entropy": ("nats a token, sampled", 0.01, None, "collapse: raise kl_coef or entropy_coef"),
+    "policy/actor_grad_norm": ("before clipping", None, None, ""),
+    "policy/actor_lr": ("", None, None, ""),
+    "value_loss": ("squared error / 2", None, None, ""),
+    "value/value_clip_fraction": ("share moved beyond it", None, 0.5, "raise value_clip_eps"),
+    "value/explained_variance": ("1: V knows the return", -0.2, None, "lower critic_lr, raise critic_warmup"),
+    "value/critic_grad_norm": ("before clipping", None, None, ""),
+    "value/critic_lr": ("", None, None, ""),
+    "time/tokens_per_second": ("response tokens", None, None, ""),
+    "time/generate": ("seconds", None, None, ""),
+    "time/score": ("seconds", None, None, ""),
+    "time/train": ("seconds", None, None, ""),
+}
+
+
+def add_policy_metrics(metrics, policy_loss, action_log_probs, batch, clip_eps, clip_eps_high):
+    """Adds a micro-batch's sums over its real tokens."""
+    mask = batch.action_mask.bool()
+    log_ratio = (action_log_probs - batch.old_action_log_probs)[mask]
+    ratio, advantages = log_ratio.exp(), batch.advantages[mask]
+    metrics["policy_loss"] += policy_loss.detach()
+    metrics["ratio_mean"] += ratio.sum()
+    metrics["ratio_max"] = max(metrics["ratio_max"], ratio.max())
+    metrics["approx_kl"] += (ratio - 1 - log_ratio).sum()
+    low, high = clip_eps or math.inf, clip_eps if clip_eps_high is None else clip_eps_high
+    metrics["clip_upper"] += ((ratio > 1 + (high or math.inf)) & (advantages > 0)).sum()
+    metrics["clip_lower"] += ((ratio < 1 - low) & (advantages < 0)).sum()
+
+
+def add_value_metrics(metrics, value_loss, values, batch, value_clip_eps):
+    moved = (values - batch.values)[batch.action_mask.bool()].abs()
+    metrics["tokens"] += moved.numel()
+    metrics["value_loss"] += value_loss.detach()
+    metrics["value_clip_fraction"] += (moved > (value_clip_eps or math.inf)).sum()
+
+
+def finish_metrics(metrics):
+    """Sums -> means over the tokens of the step."""
+    metrics = {name: float(value) for name, value in over_processes(metrics).items()}
+    whole = ("policy_loss", "value_loss", "ratio_max", "tokens")
+    return {name: value if name in whole else value / metrics["tokens"]
+            for name, value in metrics.items()}
+
+
+def get_rollout_metrics(rows):
+    """Rows -> means over all of a rollout's real tokens, or over its responses."""
+    batch, n = collate_fn(rows), len(rows)
+    mask = batch.action_mask.bool()
+    k3 = compute_approx_kl(batch.old_action_log_probs, batch.ref_action_log_probs, mask, "k3")
+    scores = torch.tensor([row.info["raw_score"] for row in rows], dtype=torch.float64)
+    returns, errors = batch.returns[mask], (batch.returns - batch.values)[mask]
+    unexplained = errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-12)
+    metrics = dict(
+        score_mean=scores.mean(), score_std=scores.std(correction=0),
+        after_kl=scores.mean() - kl_coef * batch.kl.sum() / n, ref_k1=batch.kl.sum() / n,
+        ref_k3=k3.sum() / n, response_length=mask.sum() / n, advantage_std=errors.std(correction=0),
+        ended=sum(row.info["ended"] for row in rows) / n, explained_variance=1 - unexplained,
+        entropy=-batch.old_action_log_probs[mask].mean())  # the sample is the policy's own: unbiased
+    if gold_fn is not None:
+        metrics["gold"] = sum(get_gold(rows)) / n
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def get_gold(rows):
+    items = [row.info["item"] for row in rows]
+    return gold_fn([item["prompt"] for item in items], [row.info["response"] for row in rows])
+
+
+# ---- 10. The run around the loop ---------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """What rollouts change beside weights and optimizers."""
+    rollout: int = 0
+    kl_coef: float = 0.0
+    ppo1_beta: float = 1.0
+    best: float = -math.inf
+    best_gold: float = -math.inf
+    score_moments: RunningMoments = field(default_factory=RunningMoments)
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, after the state was saved."""
+
+
+class Run:
+    """Log, evaluation, checkpoints and signals around the loop of `train`."""
+
+    def __init__(self, models, optimizers, sampling, scoring, prompts_dataset, eval_dataset, writer):
+        self.models, self.optimizers, self.writer = models, optimizers, writer
+        self.sampling, self.scoring = sampling, scoring
+        self.prompts_dataset, self.eval_dataset = prompts_dataset, eval_dataset
+        self.rollouts = math.ceil(episodes * len(prompts_dataset) / rollout_batch_size)
+        rows = rollout_batch_size * n_samples_per_prompt
+        self.steps_a_rollout = max_epochs * math.ceil(rows / train_batch_size)
+        self.state = State(kl_coef=kl_coef if kl_coef_start is None else kl_coef_start)
+        self.steps, self.seconds, self.strikes = [], {}, defaultdict(int)
+        self.now, self.stopping, self.before, self.after = None, False, None, None
+
+    def start(self):
+        """Resume, catch signals, check the models, show what is there."""
+        actor_model, critic_model, reward_model, ref_model = self.models
+        path = find_checkpoint()
+        if path:
+            load_checkpoint(path, self)
+        self.old_handlers = catch_signals(self.on_signal)
+        if self_check != "off":
+            run_self_check(self)
+        if self.eval_dataset:  # the reference is what the actor was, also after a resume
+            self.before = self.evaluate(ref_model)
+        if self.writer and not self.state.rollout:
+            lines = [f"| {name} | {show(repr(globals()[name]))} |" for name in CONSTANTS]
+            self.writer.add_text("constants", "\n".join(["| constant | value |", "|---|---|", *lines]))
+            if self.before:
+                self.log_evaluation(self.before)
+        self.started, self.first = time.perf_counter(), self.state.rollout
+        return self.state
+
+    def goes_on(self):
+        """Another rollout? Keeps its start, in case that it is dropped."""
+        self.snapshot = take_snapshot(self.state)
+        if self.stopping and self.state.rollout < self.rollouts:
+            save_checkpoint(self)
+            raise Stopped
+        return self.state.rollout < self.rollouts
+
+    def fraction(self):
+        return self.state.rollout / self.rollouts
+
+    def next_prompts(self):
+        indices = get_prompt_indices(self.state.rollout, len(self.prompts_dataset))
+        return [self.prompts_dataset[i] for i in indices]
+
+    def epochs(self, buffer):
+        """The minibatches of all epochs, the learning rates set for each."""
+        step = self.state.rollout * self.steps_a_rollout
+        for _ in range(max_epochs):
+            order = torch.Generator().manual_seed(seed * 1_000_003 + step)  # the same in all processes
+            for experience in buffer.minibatches(train_batch_size, order):
+                factor = get_lr_factor(step, self.rollouts * self.steps_a_rollout)
+                for optimizer, lr in zip(self.optimizers, (actor_lr, critic_lr)):
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr * factor
+                yield experience
+                step += 1
+
+    def mean(self, name):
+        """Of a train_step metric over the rollout's steps, weighted by their tokens."""
+        steps = [step for step in self.steps if name in step]
+        tokens = sum(step["tokens"] for step in steps)
+        return sum(step[name] * step["tokens"] for step in steps) / tokens
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        """Times a phase. A signal drops the rollout unless it is in the middle of its update."""
+        start, self.now = time.perf_counter(), name
+        try:
+            yield
+        except Stopped:
+            save_checkpoint(self)
+            raise
+        except FloatingPointError as error:
+            self.save_actor("stopped")
+            raise InputError(f"rollout {self.state.rollout + 1}, optimizer step {len(self.steps) + 1}: "
+                             f"{error}, stopped before the step; the actor is in {run_folder()}/stopped, "
+                             "lower actor_lr or critic_lr") from None
+        self.now, self.seconds[name] = None, time.perf_counter() - start
+
+    def finish_rollout(self, rows):
+        metrics = get_rollout_metrics(rows)
+        metrics |= {name: self.mean(name) for name in {n for step in self.steps for n in step}}
+        metrics["ratio_max"] = max(step.get("ratio_max", 0.0) for step in self.steps)
+        metrics |= dict(kl_coef=self.state.kl_coef, actor_lr=self.optimizers[0].param_groups[0]["lr"],
+                        critic_lr=self.optimizers[1].param_groups[0]["lr"], **self.seconds)
+        tokens = sum(len(row.action_mask) for row in rows)
+        metrics["tokens_per_second"] = tokens / sum(self.seconds.values())
+        if policy_loss == "ppo1":
+            metrics["ppo1_beta"] = self.state.ppo1_beta
+        if "gold" in metrics:
+            self.state.best_gold = max(self.state.best_gold, metrics["gold"])
+            metrics["gold_lost"] = self.state.best_gold - metrics["gold"]
+        self.log(metrics)
+        self.steps, self.seconds = [], {}
+        self.state.rollout += 1
+        done = self.state.rollout
+        if eval_every and self.eval_dataset and done % eval_every == 0:
+            self.log_evaluation(self.evaluate(self.models[0]))
+        if save_every and (done % save_every == 0 or done == self.rollouts):
+            self.snapshot = take_snapshot(self.state)
+            save_checkpoint(self)
+
+    def log(self, metrics):
+        """One console line, all tags, and advice where one left its range three times in a row."""
+        done = self.state.rollout + 1
+        seconds = (time.perf_counter() - self.started) / (done - self.first) * (self.rollouts - done)
+        clip = metrics.get("clip_upper", 0.0) + metrics.get("clip_lower", 0.0)
+        episode = 1 + self.state.rollout * rollout_batch_size // len(self.prompts_dataset)
+        say(f"ep {episode:2d} rollout {done:3d}/{self.rollouts} score {metrics['score_mean']:6.2f} "
+            f"kl {metrics['ref_k1']:5.2f} loss {metrics.get('policy_loss', 0):6.3f} "
+            f"{metrics['value_loss']:6.3f} clip {clip:.2f} len {metrics['response_length']:4.1f} "
+            f"{metrics['tokens_per_second']:5.0f} tok/s {seconds // 60:.0f}:{seconds % 60:02.0f} left")
+        for tag, (what, low, high, advice) in METRICS.items():
+            value = metrics.get(tag.split("/")[-1])
+            if value is None:
+                continue
+            if self.writer:
+                self.writer.add_scalar(tag, value, done)
+            outside = low is not None and value < low or high is not None and value > high
+            self.strikes[tag] = self.strikes[tag] + 1 if outside else 0
+            if self.strikes[tag] == 3:
+                say(f"  ! {tag} is {value:.3g} for 3 rollouts ({what}): {advice}")
+
+    def evaluate(self, actor_model):
+        return evaluate(self.eval_dataset, actor_model, *self.models[1:], self.sampling, self.scoring, seed)
+
+    def log_evaluation(self, rows):
+        """Logs the held-out prompts and keeps the best actor so far."""
+        metrics, done = get_rollout_metrics(rows), self.state.rollout
+        if self.writer:
+            for name in ("score_mean", "ref_k1", "gold"):
+                if name in metrics:
+                    self.writer.add_scalar(f"eval/{name}", metrics[name], done)
+            texts = [f"| {show(str(row.info['item']['prompt']))} | {show(row.info['response'])} "
+                     f"| {row.info['raw_score']:.2f} |" for row in rows[:16]]
+            texts = "\n".join(["| prompt | response | score |", "|---|---|---|", *texts])
+            self.writer.add_text("samples", texts, done)
+        worth = metrics["score_mean"] - kl_coef * metrics["ref_k1"]
+        if done and worth > self.state.best:
+            self.state.best = worth
+            self.save_actor("best")
+
+    def on_signal(self, *_):
+        """The first signal stops in good order, a second one at once."""
+        for number in self.old_handlers:
+            signal.signal(number, signal.SIG_DFL)
+        self.stopping = True
+        if self.now in ("generate", "score") and world_size() == 1:
+            raise Stopped  # this rollout is dropped, `phase` saves its start
+        say("  stopping after this rollout; once more stops at once")
+
+    def save_actor(self, name):
+        """An ordinary folder for `from_pretrained`, with the tokenizer: runs/<run_name>/<name>."""
+        def write(folder):
+            save_model(self.models[0], folder)
+            self.sampling["actor_tokenizer"].save_pretrained(folder)
+        write_folder(os.path.join(run_folder(), name), write)
+
+    def finish(self):
+        if self.eval_dataset:
+            self.after = self.evaluate(self.models[0])
+            self.log_evaluation(self.after)
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        return self
+
+
+def catch_signals(handler):
+    """-> the handlers that were there. Only the main thread may set any."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+# ---- 11. Checkpoints ---------------------------------------------------------------------------
+
+
+def run_folder():
+    return os.path.join("runs", run_name)
+
+
+def take_snapshot(state):
+    """State and random numbers at the start of a rollout, without anything that needs pickle."""
+    kind, keys, *rest = numpy.random.get_state()
+    return dict(state=dataclasses.asdict(state), torch=torch.get_rng_state(),
+                cuda=torch.cuda.get_rng_state_all() if device == "cuda" else [],
+                python=random.getstate(), numpy=(kind, keys.tolist(), *rest))
+
+
+def write_folder(path, write):
+    """Calls write(folder) on a temporary folder beside `path`, flushes it to disk and renames it: at any
+    instant there is either the whole folder or what was there before. Says so when it failed."""
+    temporary = path + ".tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+        write(temporary)
+        hashes = {os.path.relpath(file, temporary): flush(file) for file in list_files(temporary)}
+        with open(os.path.join(temporary, "manifest.json"), "w") as file:
+            json.dump(hashes, file)
+        flush(file.name)
+        if os.path.exists(path):
+            shutil.rmtree(path)
+        os.rename(temporary, path)
+    except Exception as error:  # OSError, but safetensors and torch have their own for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        say(f"  ! {path} was not written ({error}); what was saved before it is whole")
+        return False
+    return True
+
+
+def list_files(folder):
+    return sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
+
+
+def flush(path):
+    """A file to the disk -> its hash."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_checkpoint(run):
+    folder = os.path.join(run_folder(), "checkpoints")
+    path = os.path.join(folder, f"rollout-{run.snapshot['state']['rollout']:06d}")
+    if run.writer:
+        run.writer.flush()  # its points up to here must not be lost when these go on from here
+
+    def write(temporary):
+        save_model(run.models[0], os.path.join(temporary, "actor"))
+        run.sampling["actor_tokenizer"].save_pretrained(os.path.join(temporary, "actor"))
+        safetensors.torch.save_model(run.models[1], os.path.join(temporary, "critic.safetensors"))
+        rest = dict(run.snapshot, optimizers=[optimizer.state_dict() for optimizer in run.optimizers],
+                    constants={name: globals()[name] for name in CONSTANTS})
+        torch.save(rest, os.path.join(temporary, "rest.pt"))
+
+    if write_folder(path, write):
+        for old in list_checkpoints()[:-keep_checkpoints]:
+            shutil.rmtree(old)
+
+
+def list_checkpoints():
+    """Oldest first."""
+    return sorted(glob.glob(os.path.join(glob.escape(run_folder()), "checkpoints", "rollout-??????")))
+
+
+def find_checkpoint():
+    """The constant `resume` -> the path of a whole checkpoint, or None. InputError: it is damaged."""
+    path = (list_checkpoints() or [None])[-1] if resume == "latest" else resume
+    if path is None:
+        return None
+    try:
+        with open(os.path.join(path, "manifest.json")) as file:
+            hashes = json.load(file)
+        damaged = [name for name in hashes if flush(os.path.join(path, name)) != hashes[name]]
+    except (OSError, ValueError) as error:
+        damaged = [str(error)]
+    if damaged:
+        older = [other for other in list_checkpoints() if other < os.path.normpath(path)]
+        instead = repr(older[-1]) if older else "None, to start anew"
+        raise InputError(f"checkpoint {path} is damaged ({damaged[0]}): set resume = {instead}")
+    return path
+
+
+def load_checkpoint(path, run):
+    """Everything back in place. InputError: a constant was changed that cannot be."""
+    rest = torch.load(os.path.join(path, "rest.pt"), weights_only=True)
+    for name, old in rest["constants"].items():
+        if name in CONSTANTS and globals()[name] != old and name != "resume":
+            if name in ("actor_name", "critic_name", "lora_rank"):
+                raise InputError(f"{name} = {globals()[name]!r} cannot change on resume, it was {old!r}")
+            say(f"  resume: {name} was {old!r}, is {globals()[name]!r}")
+    try:
+        load_weights(run.models[0], os.path.join(path, "actor"))
+        safetensors.torch.load_model(run.models[1], os.path.join(path, "critic.safetensors"))
+        for optimizer, saved in zip(run.optimizers, rest["optimizers"]):
+            optimizer.load_state_dict(saved)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{path} does not fit these models ({str(error).splitlines()[0]}): "
+                         "resume with the models that it was saved from") from None
+    moments = RunningMoments(**rest["state"].pop("score_moments"))
+    run.state = State(**rest["state"], score_moments=moments)
+    torch.set_rng_state(rest["torch"])
+    if device == "cuda":
+        torch.cuda.set_rng_state_all(rest["cuda"])
+    random.setstate(rest["python"])
+    numpy.random.set_state(rest["numpy"])
+    say(f"resumed from {path}")
+
+
+def save_model(model, folder):
+    model.save_pretrained(folder)
+
+
+def load_weights(model, folder):
+    saved = type(model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    model.load_state_dict(saved.state_dict())
+
+
+# ---- 12. Self-check ----------------------------------------------------------------------------
+
+
+def run_self_check(run):
+    """Tries the properties that the formulas rest on, on these models and prompts, and prints a line for
+    each. A failed one stops the run, or warns, as the constant self_check says."""
+    failed = []
+
+    def check(name, passed, found, advice):
+        say(f"  {'✓' if passed else '✗'} {name}: {found}" + ("" if passed else f". {advice}"))
+        if not passed:
+            failed.append(name)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        check_experience(run, check)
+    for model in run.models:
+        if isinstance(model, nn.Module):
+            model.zero_grad(set_to_none=True)
+    if failed and self_check == "stop":
+        raise InputError(f"self-check failed ({', '.join(failed)}): mend it, or set self_check = 'warn'")
+
+
+def check_experience(run, check):
+    actor, critic, reward, ref = run.models
+    exact = 1e-4 if device == "cpu" else 0.5  # under bf16 a difference is reported, not judged
+    prompts = sorted((run.prompts_dataset[i] for i in range(min(len(run.prompts_dataset), 64))),
+                     key=lambda item: len(item["text"]))
+    prompts = [prompts[0], prompts[-1]]  # two lengths, so that one is padded
+    sampling = run.sampling | dict(n_samples_per_prompt=2, max_new_tokens=min(max_new_tokens, 16))
+    samples_list = generate_samples(prompts, actor, **sampling)
+    rows = generate_experiences(samples_list, *run.models, **run.scoring)
+    end_tokens = get_end_tokens(actor, sampling["actor_tokenizer"])
+    batch = collate_fn(rows)
+    num_actions, mask = batch.action_mask.shape[1], batch.action_mask.bool()
+
+    def outputs(batch):
+        n, inputs = batch.action_mask.shape[1], (batch.seqs, batch.attention_mask)
+        with torch.no_grad():
+            return torch.stack([compute_log_probs(actor, *inputs, n, temperature), critic(*inputs, n)])
+
+    def difference(a, b, mask):
+        return ((a - b) * mask).abs().max().item()
+
+    here = outputs(batch)
+    ratio = difference(here[0], batch.old_action_log_probs, mask)
+    check("ratio is 1 at step 0", ratio < exact, f"log-ratios up to {ratio:.1e}",
+          "The actor's forward is not repeatable: is dropout on?")
+    kl = batch.kl.abs().max().item()
+    check("KL to the reference is 0 at step 0", run.state.rollout > 0 or kl < exact, f"up to {kl:.1e}",
+          "The reference has other weights than the actor: load both from actor_name")
+    scale = compare_sampler(run, prompts, end_tokens)
+    check("sampled from what is scored", scale < exact, f"log-probs differ by {scale:.1e}",
+          "generate filters or reweighs: look at the model's generation_config")
+    garbage = dataclasses.replace(batch, seqs=torch.where(
+        batch.attention_mask.bool(), batch.seqs, torch.randint_like(batch.seqs, 1, 5)))
+    change = difference(outputs(garbage), here, mask)
+    check("what stands under padding does not count", change < exact, f"changes {change:.1e}",
+          "The model ignores attention_mask: it cannot be trained in padded batches")
+    alone = max(difference(outputs(collate_fn([row]))[:, 0], here[:, i, :len(row.action_mask)], 1)
+                for i, row in enumerate(rows))
+    check("a row alone is as in the batch", alone < exact, f"differs by {alone:.1e}",
+          "The model ignores position_ids or attention_mask: set micro batches to 1")
+    is_end = torch.isin(torch.cat([batch.seqs[:, -num_actions:], torch.full_like(
+        batch.seqs[:, :1], end_tokens[0])], dim=1), torch.tensor(end_tokens, device=batch.seqs.device))
+    inside = (get_action_mask(torch.where(is_end, end_tokens[0], -1), end_tokens) * is_end).sum(-1)
+    ended = torch.tensor([row.info["ended"] for row in rows])
+    once = [int(torch.isin(row.seqs[-len(row.action_mask):].cpu(), torch.tensor(end_tokens)).sum())
+            for row in rows]
+    check("the end token is one action", bool((inside == 1).all()) and once == ended.int().tolist(),
+          f"{sum(once)} in {int(ended.sum())} finished responses", "The action mask is wrong")
+    check_update(run, samples_list, check, exact)
+
+
+def compare_sampler(run, prompts, end_tokens):
+    """The largest difference between what `generate` samples from and softmax(logits / temperature)."""
+    actor, tokenizer = run.models[0], run.sampling["actor_tokenizer"]
+    inputs = tokenizer([item["text"] for item in prompts], return_tensors="pt", padding=True, truncation=True,
+                       max_length=max_length, add_special_tokens=not apply_chat_template).to(device)
+    with plain_sampling(actor, end_tokens, tokenizer.pad_token_id, temperature, min(max_new_tokens, 8)):
+        output = actor.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
+                                return_dict_in_generate=True, output_scores=True, output_logits=True)
+    scores, logits = torch.stack(output.scores).float(), torch.stack(output.logits).float()
+    return (scores.softmax(-1) - (logits / temperature).softmax(-1)).abs().max().item()
+
+
+def check_update(run, samples_list, check, exact):
+    actor, critic, reward, ref = run.models
+    sides = [generate_experiences(samples_list, actor, critic, lambda p, r, **_: [sign] * len(r), ref,
+                                  gamma=gamma, lambd=lambd, whiten_advantages=False, truncated=truncated,
+                                  temperature=temperature, micro_train_batch_size=micro_train_batch_size)
+             for sign in (1.0, -1.0)]
+    flips = [(up.advantages - down.advantages).tolist() for up, down in zip(*sides)]
+    check("the score arrives", all(flip[-1] > 1 and min(flip) > 0 for flip in flips),
+          f"score 1 or -1 moves advantages by {min(map(min, flips)):.2f} to {max(map(max, flips)):.2f}",
+          "The end of a response gets no reward, or gamma * lambd lets nothing through: look at these")
+    gradients = []
+    for size in (1, len(sides[0])):
+        optimizers = [torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+                      for model in (actor, critic)]
+        train_step(sides[0], actor, critic, *optimizers, size, temperature, max_grad_norm=math.inf)
+        gradients.append([p.grad.flatten()[:100_000].clone() for model in (actor, critic)
+                          for p in model.parameters() if p.grad is not None])
+    apart = max((a - b).abs().max().item() / (1e-8 + max(g.abs().max().item() for g in gradients[1]))
+                for a, b in zip(*gradients))
+    check("micro-batches of 1 and of all: one gradient", apart < 10 * exact, f"relative {apart:.1e}",
+          "A loss is not divided by the whole step's tokens: look at denominator")
+    modules = [model for model in run.models if isinstance(model, nn.Module)]
+    weights = [{p.data_ptr() for p in model.parameters()} for model in modules]
+    shared = sum(len(weights[i] & weights[j]) for i in range(len(weights)) for j in range(i))
+    frozen = [p for model in modules[2:] for p in model.parameters() if p.grad is not None]
+    check("no weight is shared, none frozen has a gradient", not shared and not frozen,
+          f"{shared} shared, {len(frozen)} with a gradient", "Load each model of its own, or deepcopy")
+    if isinstance(reward, nn.Module):
+        tokenizer = run.scoring["reward_tokenizer"]
+        texts = sorted({response for samples in samples_list for response in samples.responses} | {"yes"})
+        scores = compute_scores([samples_list[0].items[0]["prompt"]] * len(texts), texts, reward, tokenizer,
+                                apply_chat_template, micro_train_batch_size)
+        check("the reward model tells responses apart", len(texts) < 2 or max(scores) - min(scores) > 1e-6,
+              f"scores from {min(scores):.2f} to {max(scores):.2f}", "Does it read text as reward_name should?")
+
+
+# ---- 13. Several processes ---------------------------------------------------------------------
+
+
+def world_size():
+    return 1
+
+
+def say(text):
+    print(text, flush=True)
+
+
+def my_share(rows):
+    return rows
+
+
+def gather_rows(rows):
+    return rows
+
+
+def over_processes(metrics):
+    return metrics
+
+
+def clip_gradients(model, max_norm):
+    """Scales the gradients down to max_norm -> their norm before."""
+    return float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+
+
+@contextlib.contextmanager
+def recomputing(model):
+    """Gradient checkpointing inside. It does nothing in eval(), so the layers that recompute are set to
+    training, these alone and not what is in them: dropout stays off. Off again for `generate`."""
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+# ---- 16. Offline demo: the two steps before PPO, small enough for a laptop ----------------------
+# A person asks for something; a reply varies in tone, in topic and in whether it gives a reason,
+# independently. Fine-tuning copies that mixture; PPO has to find the best corner of it.
+
+ASKS = ["suggest a {} for {} .", "which {} fits {} ?", "i need a {} for {} .", "any {} for {} ?",
+        "name a good {} for {} .", "what {} is best for {} ?"]
+OCCASIONS = ["tonight", "sunday", "two people", "my sister", "my birthday", "old friends",
+             "the weekend", "a rainy day"]
+TOPICS = {  # topic: (items, reasons that fit these items and no others)
+    "book": ("dune emma ulysses dracula".split(), ["pages fly", "the prose sings"]),
+    "film": ("alien psycho jaws casablanca".split(), ["actors shine", "the ending stuns"]),
+    "dish": ("ramen paella risotto lasagna".split(), ["it smells divine", "it tastes fresh"]),
+    "song": ("jolene imagine yesterday hallelujah".split(), ["it swings", "the melody lingers"]),
+    "game": ("chess poker tetris checkers".split(), ["it thrills", "the rules click"]),
+    "city": ("lisbon kyoto prague oslo".split(), ["streets charm", "the harbour sparkles"])}
+VERBS = ["try", "take", "pick"]
+TONES = {  # tone: (how a reply opens, how it closes)
+    "helpful": (["gladly ,", "of course ,", "with pleasure ,"], ["!", ". enjoy !"]),
+    "plain": (["well ,", "maybe", "ok ,"], [".", ", i guess ."]),
+    "rude": (["ugh ,", "lazy you ,", "not again ,"], [". go away .", ". now leave ."])}
+
+
+@functools.cache
+def make_prompts():
+    """{prompt: its topic}, all that a person can ask."""
+    return {ask.format(topic, occasion): topic
+            for ask, topic, occasion in itertools.product(ASKS, TOPICS, OCCASIONS)}
+
+
+@functools.cache
+def make_replies():
+    """{(tone, topic, with a reason): its texts}, all that can be answered. The lists have one
+    order, reasons outermost, so equal places (modulo length) of two lists have equal wording."""
+    replies = {}
+    for tone, topic, reasoned in itertools.product(TONES, TOPICS, (False, True)):
+        (openers, closers), (items, reasons) = TONES[tone], TOPICS[topic]
+        reasons = [f" because {reason}" for reason in reasons] if reasoned else [""]
+        parts = itertools.product(reasons, openers, VERBS, items, closers)
+        replies[tone, topic, reasoned] = [f"{o} {v} {i}{r} {c}" for r, o, v, i, c in parts]
+    return replies
+
+
+@functools.cache
+def parse_replies():
+    """{text: (tone, topic, with a reason)}. So a text is a sentence of the grammar if in here."""
+    return {text: aspects for aspects, texts in make_replies().items() for text in texts}
+
+
+def gold(prompts, responses, **columns):
+    """The hidden rule, in [0, 1]: on topic, helpful and with a reason, a third each. A text that
+    the grammar cannot make is worth 0. It labels pairs and judges the end; PPO never sees it."""
+    scores = []
+    for prompt, response in zip(prompts, responses):
+        tone, topic, reasoned = parse_replies().get(response.strip(), (None, None, None))
+        on_topic = topic == make_prompts().get(prompt.strip(), "")
+        manners = {"helpful": 1.0, "plain": 0.5}.get(tone, 0.0)
+        scores.append((on_topic + manners + reasoned) / 3 if tone else 0.0)
+    return scores
+
+
+def draw_aspects(prompt, rng):
+    """What a reply of the fine-tuning data is like: about 4 in 100 are as good as can be."""
+    topic = make_prompts()[prompt]
+    if rng.random() < 0.5:
+        topic = rng.choice([other for other in TOPICS if other != topic])
+    return rng.choices(list(TONES), [2, 4, 4])[0], topic, rng.random() < 0.4
+
+
+def draw_pair(prompt, rng):
+    """Two replies to one prompt, the better one first. Most pairs differ in one aspect alone:
+    nothing else then explains the preference, which teaches faster, topic (the hardest) most."""
+    while True:
+        first, second = draw_aspects(prompt, rng), draw_aspects(prompt, rng)
+        aspect = rng.choices([0, 1, 2, None], [2, 4, 1, 2])[0]
+        if aspect is not None:
+            second = (*first[:aspect], second[aspect], *first[aspect + 1:])
+        place = rng.randrange(10 ** 6)
+        pair = [texts[place % len(texts)] for texts in map(make_replies().get, (first, second))]
+        worse, better = sorted(zip(gold([prompt] * 2, pair), pair))
+        if worse[0] < better[0]:  # a tie tells nothing
+            return better[1], worse[1]
+
+
+def make_demo_tokenizer():
+    """One token per word, five special tokens, a chat template, no start token."""
+    words = sorted({word for text in [*make_prompts(), *parse_replies()] for word in text.split()})
+    vocab = {word: i for i, word in enumerate(["<pad>", "<eos>", "<user>", "<bot>", "<unk>", *words])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        additional_special_tokens=["<user>", "<bot>"], clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<user> {{ m.content }} "
+        "{% else %}<bot> {{ m.content }} <eos>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<bot> {% endif %}")
+    return tokenizer
+
+
+def encode_dialogues(tokenizer, prompts, replies):
+    """Whole dialogues, right-padded, through the chat template that PPO will use too."""
+    chats = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+             for prompt, reply in zip(prompts, replies)]
+    return tokenizer(tokenizer.apply_chat_template(chats, tokenize=False), padding=True,
+                     add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)
+
+
+def fit(model, compute_loss, steps, lr):
+    """AdamW, the rate up over a tenth of the steps, then down to 0 as a cosine. -> last loss"""
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1,
+                                                   cycle_momentum=False)
+    for _ in range(steps):
+        loss = compute_loss()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+def fit_actor(tokenizer, prompts, rng, steps=360, batch=32):
+    """Supervised fine-tuning, from scratch, on the replies of the grammar. -> model, loss"""
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
+        initializer_range=0.05, num_labels=1, bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id))
+    # A wrong word in 300 spoils a reply in 30. Larger logits from the start let so few steps
+    # push the words that cannot follow far enough down (3% spoilt replies become 1%).
+    nn.init.constant_(model.model.norm.weight, 4.0)
+
+    def compute_loss():
+        asked = rng.choices(prompts, k=batch)
+        replies = [rng.choice(make_replies()[draw_aspects(prompt, rng)]) for prompt in asked]
+        inputs = encode_dialogues(tokenizer, asked, replies)
+        bot = inputs.input_ids == tokenizer.convert_tokens_to_ids("<bot>")
+        is_reply = (bot.cumsum(1) > 0) & ~bot & (inputs.attention_mask == 1)
+        return model(**inputs, labels=inputs.input_ids.masked_fill(~is_reply, -100)).loss
+
+    return model, fit(model, compute_loss, steps, lr=5e-3)
+
+
+def compute_reward_loss(chosen, rejected):
+    """Eq. 12: loss = -mean log sigmoid(r(chosen) - r(rejected)); two (B,) -> scalar."""
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+def fit_reward(tokenizer, actor_model, prompts, rng, steps=120, batch=32):
+    """A reward model from pairs, on the fine-tuned model's body, which knows the words already.
+    -> model"""
+    model = transformers.LlamaForSequenceClassification(actor_model.config)
+    model.model.load_state_dict(actor_model.model.state_dict())
+    nn.init.zeros_(model.score.weight)
+
+    def compute_loss():
+        asked = rng.choices(prompts, k=batch)
+        chosen, rejected = zip(*(draw_pair(prompt, rng) for prompt in asked))
+        inputs = encode_dialogues(tokenizer, asked + asked, chosen + rejected)
+        return compute_reward_loss(*model(**inputs).logits.squeeze(-1).chunk(2))
+
+    fit(model, compute_loss, steps, lr=2e-3)
+    return model
+
+
+@torch.no_grad()
+def compute_pair_accuracy(tokenizer, model, prompts, rng, n_pairs=256):
+    asked = rng.choices(prompts, k=n_pairs)
+    chosen, rejected = zip(*(draw_pair(prompt, rng) for prompt in asked))
+    scores = model(**encode_dialogues(tokenizer, asked + asked, chosen + rejected)).logits
+    better, worse = scores.squeeze(-1).chunk(2)
+    return (better > worse).float().mean().item()
+
+
+def build_demo(folder, seed):
+    """Write folder/actor, folder/reward, folder/prompts.txt and folder/eval_prompts.txt."""
+    unfinished = f"{folder}.unfinished"  # renamed at the end: a kill leaves no half folder
+    shutil.rmtree(unfinished, ignore_errors=True)
+    os.makedirs(unfinished)
+    rng, tokenizer, start = random.Random(seed), make_demo_tokenizer(), time.time()
+    prompts = rng.sample(list(make_prompts()), k=len(make_prompts()))
+    prompts, eval_prompts = prompts[64:], prompts[:64]
+    for name, lines in ("prompts", prompts), ("eval_prompts", eval_prompts):
+        with open(os.path.join(unfinished, f"{name}.txt"), "w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+        torch.default_generator.manual_seed(seed)
+        actor_model, loss = fit_actor(tokenizer, prompts, rng)
+        print(f"fine-tuning    {time.time() - start:5.1f} s   loss {loss:.3f} per token")
+        start = time.time()
+        reward_model = fit_reward(tokenizer, actor_model, prompts, rng)
+        accuracy = compute_pair_accuracy(tokenizer, reward_model, eval_prompts, rng)
+        print(f"reward model   {time.time() - start:5.1f} s   {accuracy:.0%} of held-out pairs")
+    for name, model in ("actor", actor_model), ("reward", reward_model):
+        model.save_pretrained(os.path.join(unfinished, name))
+        tokenizer.save_pretrained(os.path.join(unfinished, name))
+    os.rename(unfinished, folder)
+
+
+# ---- 17. Main ----------------------------------------------------------------------------------
+
+
+def check_constants():
+    """InputError for the first constant that cannot be, with what to do."""
+    def need(good, name, what):
+        if not good:
+            raise InputError(f"{name} = {globals()[name]!r}: {what}")
+
+    def number(value):
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+    def whole(value, low):
+        return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+    for name, choices in dict(
+            lr_schedule=("constant", "linear", "cosine"), policy_loss=("clip", "ppo1"),
+            truncated=("terminal", "bootstrap"), kl_in=("reward", "loss"),
+            self_check=("stop", "warn", "off"),
+            loss_agg=("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")).items():
+        need(globals()[name] in choices, name, "use " + ", ".join(map(repr, choices)))
+    for name in ("max_length rollout_batch_size n_samples_per_prompt micro_rollout_batch_size "
+                 "max_new_tokens max_epochs train_batch_size micro_train_batch_size keep_checkpoints "
+                 "kl_horizon").split():
+        need(whole(globals()[name], 1), name, "use a whole number of 1 or more")
+    for name in "lora_rank warmup_steps critic_warmup seed eval_every save_every trace_every".split():
+        need(whole(globals()[name], 0), name, "use a whole number of 0 or more")
+    for name in "episodes temperature actor_lr critic_lr max_grad_norm".split():
+        need(number(globals()[name]) and globals()[name] > 0, name, "use a number above 0")
+    for name in "weight_decay entropy_coef kl_coef".split():
+        need(number(globals()[name]) and globals()[name] >= 0, name, "use a number of 0 or more")
+    for name in "clip_eps_high value_clip_eps huber_delta target_kl kl_coef_start kl_target clip_reward".split():
+        value = globals()[name]
+        need(value is None or number(value) and value > 0, name, "use None or a number above 0")
+    for name in ("gamma", "lambd"):
+        need(number(globals()[name]) and 0 <= globals()[name] <= 1, name, "use a number from 0 to 1")
+    need(number(clip_eps) and 0 < clip_eps < 1, "clip_eps", "use a number between 0 and 1")
+    need(dual_clip is None or number(dual_clip) and dual_clip > 1, "dual_clip", "use None or more than 1")
+    need(missing_eos_penalty is None or number(missing_eos_penalty), "missing_eos_penalty", "use None or a number")
+    rows = rollout_batch_size * n_samples_per_prompt
+    need(rows % train_batch_size == 0, "train_batch_size",
+         f"use a divisor of the {rows} rows (rollout_batch_size * n_samples_per_prompt)")
+    need(train_batch_size % min(micro_train_batch_size, train_batch_size) == 0, "micro_train_batch_size",
+         f"use a divisor of train_batch_size = {train_batch_size}")
+    need(policy_loss == "clip" or target_kl is not None, "target_kl", "policy_loss = 'ppo1' needs one, e.g. 0.01")
+    need(kl_coef_start is None or kl_coef > 0, "kl_coef", "use more than 0 where kl_coef_start anneals to it")
+    need(kl_coef_start is None or kl_target is None, "kl_coef_start", "use None where kl_target adapts kl_coef")
+    need(reward_fn is None or callable(reward_fn), "reward_fn", "use None or a function")
+    need(gold_fn is None or callable(gold_fn), "gold_fn", "use None or a function")
+    need(reward_fn or isinstance(reward_name, str), "reward_name", "name a model, or set reward_fn")
+    need(isinstance(actor_name, str) and actor_name, "actor_name", "name a folder or a hub id")
+    need(isinstance(run_name, str) and re.fullmatch(r"[\w.-]+", run_name), "run_name",
+         "use letters, digits, '.', '_' and '-'")
+    need(resume is None or isinstance(resume, str), "resume", "use None, 'latest' or the path of a checkpoint")
+    need(resume in (None, "latest") or os.path.isdir(resume), "resume", "there is no such folder")
+
+
+def describe(name, model):
+    if not isinstance(model, nn.Module):
+        return f"  {name:7s} {getattr(model, '__name__', 'function')}"
+    count = sum(p.numel() for p in model.parameters())
+    trained = any(p.requires_grad for p in model.parameters())
+    kind = type(getattr(model, "base_model", model)).__name__
+    return (f"  {name:7s} {kind:24s} {count / 1e6:9.2f}M parameters  {'trained' if trained else 'frozen '}"
+            f"  {count * (16 if trained else 4) / 2**20:9.1f} MiB with gradients and Adam")
+
+
+def show_results(run):
+    """Held-out prompts before and after, and the means."""
+    if not run.before:
+        return
+    say("\nheld-out prompts, before (first line) and after")
+    for old, new in list(zip(run.before, run.after))[:4]:
+        say(f"  {show(str(old.info['item']['prompt']))[:90]}")
+        for row in (old, new):
+            say(f"    {row.info['raw_score']:6.2f}  {show(row.info['response'])[:85]}")
+    before, after = get_rollout_metrics(run.before), get_rollout_metrics(run.after)
+    say(f"\n{'mean over ' + str(len(run.before)) + ' prompts':24s} {'before':>9s} {'after':>9s}")
+    for name, words in (("score_mean", "score"), ("score_std", "score, deviation"), ("gold", "gold"),
+                        ("ref_k1", "KL to the reference"), ("response_length", "response length")):
+        if name in before:
+            say(f"  {words:22s} {before[name]:9.2f} {after[name]:9.2f}")
+    say(f"\nthe actor is in {run_folder()}/final; TensorBoard: tensorboard --logdir runs")
+
+
+def main():
+    global gold_fn
+    check_constants()
+    torch.manual_seed(seed)
+    transformers.utils.logging.disable_progress_bar()
+    if actor_name == "demo/actor":
+        if not os.path.isdir("demo"):
+            build_demo("demo", seed)
+        gold_fn = gold_fn or gold
+    actor_tokenizer = load_tokenizer("actor_name", actor_name)
+    prompts_dataset = PromptDataset(prompts_file, actor_tokenizer, apply_chat_template, max_length)
+    eval_dataset = None
+    if eval_prompts_file is not None:
+        eval_dataset = PromptDataset(eval_prompts_file, actor_tokenizer, apply_chat_template, max_length)
+    if prompts_dataset.truncated:
+        say(f"{prompts_dataset.truncated} of {len(prompts_dataset)} prompts are longer than max_length = "
+            f"{max_length} tokens and lose their beginning")
+    actor_model = load_model("actor_name", actor_name)
+    positions = getattr(actor_model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and max_length + max_new_tokens > positions:
+        raise InputError(f"max_length + max_new_tokens = {max_length + max_new_tokens} is more than the "
+                         f"{positions} positions of actor_name: lower one of them")
+    ref_model = load_model("actor_name", actor_name).requires_grad_(False)
+    reward_model, reward_tokenizer = reward_fn, None
+    if reward_model is None:
+        reward_tokenizer = load_tokenizer("reward_name", reward_name)
+        reward_model = load_model("reward_name", reward_name).requires_grad_(False)
+        if reward_model.config.pad_token_id is None:
+            reward_model.config.pad_token_id = reward_tokenizer.pad_token_id
+        if reward_tokenizer.pad_token_id == reward_tokenizer.eos_token_id:
+            say("the reward model pads with its end token, so it scores at the token before the end")
+    if critic_name is not None:
+        critic_model = Critic(load_model("critic_name", critic_name).base_model).eval()
+    else:
+        critic_model = make_critic(actor_model, reward_model)
+    models = (actor_model, critic_model, reward_model, ref_model)
+    for name, model in zip(("actor", "critic", "reward", "ref"), models):
+        say(describe(name, model))
+    path = find_checkpoint()
+    if path is None and os.path.exists(run_folder()):
+        n = next(n for n in itertools.count(1) if not os.path.exists(f"{run_folder()}.{n}"))
+        os.rename(run_folder(), f"{run_folder()}.{n}")
+        say(f"{run_folder()} was there: it is now {run_folder()}.{n}")
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(run_folder(), purge_step=path and int(path[-6:]) + 1)
+    run = train(prompts_dataset, eval_dataset, *models, actor_tokenizer, reward_tokenizer, writer)
+    run.save_actor("final")
+    writer.close()
+    show_results(run)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"ppo.py: {error}")
+    except Stopped:
+        sys.exit(f"stopped; to go on set resume = 'latest'")
