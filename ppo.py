@@ -8,7 +8,7 @@
     1 loop     samples = generate_samples(prompts, actor)             for each rollout
                experiences = generate_experiences(samples, models)    log-probs, values, scores, KL,
                                                                       rewards, by GAE advantages
-               train_step(minibatch, actor, critic)                   max_epochs times over all of it
+               train_step(minibatch, actor, critic)                   max_epochs times over it all
 
 `python ppo.py` builds a small demo offline and trains it. For your own models edit the constants.
 `import ppo` does nothing. The README derives Eq. 1-12 in the order of this file and says what each
@@ -144,13 +144,13 @@ class PromptDataset(torch.utils.data.Dataset):
     def __init__(self, prompts, tokenizer, apply_chat_template, max_length):
         self.items, self.truncated = read_prompts(prompts), 0
         if not self.items:
-            raise InputError(f"no prompt in {prompts!r}: write one, or mend prompts_file")
+            raise InputError(f"prompts_file: {prompts!r} holds no prompt, write at least one")
         if apply_chat_template and not tokenizer.chat_template:
             raise InputError("actor_name has no chat template: set apply_chat_template = False")
         for n, item in enumerate(self.items, 1):
             prompt = item["text"] = item["prompt"]
             if not prompt or isinstance(prompt, str) and not prompt.strip():
-                raise InputError(f"prompt {n} of {prompts!r} is empty: remove it")
+                raise InputError(f"prompt {n} is empty: remove it from prompts_file")
             if apply_chat_template:
                 item["text"] = tokenizer.apply_chat_template(
                     to_messages(prompt, tokenizer), tokenize=False, add_generation_prompt=True)
@@ -636,8 +636,8 @@ def generate_experiences(samples_list, actor_model, critic_model, reward_model, 
     action_mask = batch.action_mask
     scores = torch.tensor([row.info["raw_score"] for row in rows], dtype=torch.float64)  # (B,)
     if score_moments is not None:
-        score_moments.update(scores)
-        scores = (scores - score_moments.mean) / (score_moments.std + 1e-8)
+        mean, std = update_moments(score_moments, scores)
+        scores = (scores - mean) / (std + 1e-8)
     if missing_eos_penalty is not None:
         scores -= missing_eos_penalty * torch.tensor([not row.info["ended"] for row in rows])
     scores = scores.to(batch.values)
@@ -795,19 +795,18 @@ def train(prompts_dataset, eval_dataset, actor_model, critic_model, reward_model
 # ---- the algorithm ends here -------------------------------------------------------------------
 
 
-# ---- 8. Input: prompts, models, texts ----------------------------------------------------------
+# ---- 8. Input ----------------------------------------------------------------------------------
 
 
 def read_prompts(source):
-    """A list, or the path of a .txt (one prompt a line) or .jsonl -> list of dicts with `prompt`, a text
-    or messages, and the other columns. InputError: names file and line."""
+    """A list, or the path of a .txt or .jsonl -> list of dicts: `prompt` and the other columns."""
     if not isinstance(source, str):
         return [dict(item) if isinstance(item, dict) else {"prompt": item} for item in source]
     try:
         with open(source, encoding="utf-8-sig") as file:
             lines = [(n, line.strip()) for n, line in enumerate(file, 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{source} cannot be read ({error}): mend prompts_file") from None
+        raise InputError(f"prompts_file: {source} cannot be read ({error})") from None
     if not source.endswith(".jsonl"):
         return [{"prompt": line} for _, line in lines]
     items = []
@@ -824,18 +823,17 @@ def read_prompts(source):
 
 
 def get_prompt_indices(rollout, num_prompts):
-    """The prompts of rollout 0, 1, ...: each episode is an order of its own, and the last rollout of an
-    episode is filled from the next. A function of the number: no position has to be saved."""
-    indices = []
-    for k in range(rollout * rollout_batch_size, (rollout + 1) * rollout_batch_size):
-        episode, place = divmod(k, num_prompts)
-        order = random.Random(f"{seed} {episode}").sample(range(num_prompts), num_prompts)
-        indices.append(order[place])
-    return indices
+    """The prompts of a rollout: each episode is an order of its own, and the last rollout of one is
+    filled from the next. A function of the rollout's number: no position has to be saved."""
+    start = rollout * rollout_batch_size
+    places = [divmod(k, num_prompts) for k in range(start, start + rollout_batch_size)]
+    orders = {episode: random.Random(f"{seed} {episode}").sample(range(num_prompts), num_prompts)
+              for episode in {episode for episode, _ in places}}
+    return [orders[episode][place] for episode, place in places]
 
 
 def get_lr_factor(step, total_steps):
-    """What the rates are multiplied by at an optimizer step; nothing of a schedule has to be saved."""
+    """What the rates are multiplied by. A function of the step's number: nothing is saved of it."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     x = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
@@ -844,49 +842,56 @@ def get_lr_factor(step, total_steps):
 
 
 def as_data(text, tokenizer):
-    """The text with the spelling of special tokens broken by a space: what a user or a model writes must
-    not end its turn in a chat template and open another."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    for token in {*added, *tokenizer.all_special_tokens}:
+    """The text, its spellings of special tokens broken by a space: what a user or a model writes
+    must not end its turn in a chat template and open another."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    for token in added.union(tokenizer.all_special_tokens):
         text = text.replace(token, token[0] + " " + token[1:]) if len(token) > 1 else text
     return text
 
 
 def to_messages(prompt, tokenizer):
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [{**message, "content": as_data(message["content"], tokenizer)} for message in messages]
-
-
-def load_tokenizer(constant, name):
-    tokenizer = load(transformers.AutoTokenizer, constant, name)
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"{constant} = {name!r} has a tokenizer without an end token: set eos_token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless here: masks come from positions
-    return tokenizer
+    try:
+        return [{name: as_data(message[name], tokenizer) for name in ("role", "content")}
+                for message in messages]
+    except (TypeError, KeyError, AttributeError):
+        raise InputError(f"messages {show(repr(prompt))[:60]} are not a list of dicts with role "
+                         "and content: mend prompts_file") from None
 
 
 def load(auto, constant, name, **options):
     try:
         return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{constant} = {name!r} cannot be loaded: "
-                         f"{str(error).strip().splitlines()[0]}") from None
+    except (OSError, ValueError, KeyError) as error:
+        reason = show(str(error).strip().split("\n")[0])
+        raise InputError(f"{constant} = {name!r} cannot be loaded: {reason}") from None
+
+
+def load_tokenizer(constant, name):
+    tokenizer = load(transformers.AutoTokenizer, constant, name)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{constant} = {name!r} has a tokenizer without end token: set eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless here: masks come from positions
+    return tokenizer
 
 
 def load_model(constant, name):
-    """A model in fp32 on the device, dropout off for good. Only safetensors are read: no pickle runs.
-    InputError: weights that were never trained, a reward model with other than one output."""
-    causal, classifier = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
-    # dtype has to be said, bf16 is the default (Trap 17). num_labels must not be: with it a language
-    # model's checkpoint passes for a reward model, with a head of random numbers (Trap 14).
-    model, info = load(causal if constant == "actor_name" else classifier, constant, name,
-                       dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    """A model in fp32, dropout off for good. Only safetensors are read: no pickle runs. InputError:
+    weights that were never trained; a reward model with other than one output."""
+    auto = transformers.AutoModelForSequenceClassification
+    if constant == "actor_name":
+        auto = transformers.AutoModelForCausalLM
+    # dtype has to be said, bf16 is the default (Trap 17). num_labels must not be: with it a plain
+    # language model passes for a reward model, with a head of random numbers (Trap 14).
+    model, info = load(auto, constant, name, dtype=torch.float32, use_safetensors=True,
+                       output_loading_info=True)
     if constant == "reward_name" and model.config.num_labels != 1:
-        raise InputError(f"reward_name = {name!r} has {model.config.num_labels} outputs: name one with 1")
+        raise InputError(f"{constant} = {name!r} has {model.config.num_labels} outputs, not 1")
     missing = sorted(info["missing_keys"])
     if missing and constant != "critic_name":
-        raise InputError(f"{constant} = {name!r} has no trained {missing[0]}: name a model that has")
+        raise InputError(f"{constant} = {name!r} has no trained {missing[0]}: name another model")
     return model.to(device).eval()  # dropout would move the ratio before any step (Trap 20)
 
 
@@ -901,78 +906,69 @@ def to_reward_inputs(prompt, response, tokenizer, apply_chat_template, max_lengt
     if not isinstance(prompt, str):
         prompt = "\n".join(message["content"] for message in prompt)
     if tokenizer.sep_token and tokenizer.num_special_tokens_to_add(pair=True) > 2:
-        return tokenizer(prompt, response, **cut)
+        return tokenizer(as_data(prompt, tokenizer), response, **cut)
     return tokenizer(prompt + response + (tokenizer.eos_token or ""), **cut)
 
 
 def check_scores(scores, responses):
-    """What a reward_fn returned -> list of floats, or InputError."""
+    """What a function of the user's returned -> list of floats, or InputError."""
     try:
-        scores = [float(score) for score in scores]
-    except (TypeError, ValueError):
-        raise InputError("reward_fn returned what is not a list of numbers: return floats") from None
+        scores = [float(score) for score in list(scores) if not isinstance(scores, str)]
+    except (TypeError, ValueError, OverflowError):
+        raise InputError("reward_fn returned no list of numbers: return floats") from None
     if len(scores) != len(responses):
         raise InputError(f"reward_fn returned {len(scores)} scores for {len(responses)} responses")
     for score, response in zip(scores, responses):
         if not math.isfinite(score):
-            raise InputError(f"reward_fn returned {score} for {show(response)!r}: return finite ones")
+            raise InputError(f"reward_fn returned {score} for {show(response)!r}: make it finite")
     return scores
 
 
-@dataclass
-class RunningMoments:
-    """Mean and standard deviation of all scores so far (Welford's sums)."""
-    count: int = 0
-    mean: float = 0.0
-    m2: float = 0.0
-
-    def update(self, scores):
-        for score in scores.tolist():
-            self.count += 1
-            delta = score - self.mean
-            self.mean += delta / self.count
-            self.m2 += delta * (score - self.mean)
-
-    @property
-    def std(self):
-        return math.sqrt(self.m2 / max(self.count - 1, 1))
+def update_moments(moments, scores):
+    """Adds scores to [count, mean, squares about it] -> mean, standard deviation (Welford)."""
+    for score in scores.tolist():
+        moments[0] += 1
+        delta = score - moments[1]
+        moments[1] += delta / moments[0]
+        moments[2] += delta * (score - moments[1])
+    return moments[1], math.sqrt(moments[2] / max(moments[0] - 1, 1))
 
 
 def show(text):
-    """Without control characters, so that a response cannot steer the terminal."""
+    """Without control characters: a response must not steer the terminal."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
 # ---- 9. What is logged -------------------------------------------------------------------------
 
 METRICS = {  # tag: what it is, healthy from, to, and where to look outside of that
-    "reward/score_mean": ("mean score, raw", None, None, ""),
-    "reward/score_std": ("its standard deviation", 1e-6, None, "all scores equal: the reward says nothing"),
-    "reward/after_kl": ("score less KL cost, a response", None, None, ""),
-    "reward/gold": ("mean of gold_fn", None, None, ""),
-    "reward/gold_lost": ("gold below its best so far", None, 0.1, "the reward is hacked: raise kl_coef"),
-    "kl/ref_k1": ("KL to the reference, nats a response", -0.5, None, "sampling and scoring differ: Trap 8"),
-    "kl/ref_k3": ("the same, never negative", None, 100, "far from the reference: raise kl_coef"),
+    "reward/score_mean": ("score of a response, raw", None, None, ""),
+    "reward/score_std": ("its deviation", 1e-6, None, "all scores are equal: look at the reward"),
+    "reward/after_kl": ("score - kl_coef KL", None, None, ""),
+    "reward/gold": ("gold_fn of a response", None, None, ""),
+    "reward/gold_lost": ("gold below its best", None, 0.1, "the reward is hacked: raise kl_coef"),
+    "kl/ref_k1": ("KL to ref, nats a response", -0.5, None, "sampling and scoring differ: Trap 8"),
+    "kl/ref_k3": ("the same, never negative", None, 100, "far from ref: raise kl_coef"),
     "kl/kl_coef": ("price of a nat", None, None, ""),
-    "kl/ppo1_beta": ("price of KL(old, new), PPO1", None, None, ""),
+    "kl/ppo1_beta": ("price of KL(old, new)", None, None, ""),
     "rollout/response_length": ("tokens", None, None, ""),
-    "rollout/ended": ("share that ended", 0.05, None, "nothing ends: raise max_new_tokens, missing_eos_penalty"),
+    "rollout/ended": ("share that ended", 0.05, None, "raise max_new_tokens, missing_eos_penalty"),
     "rollout/advantage_std": ("before whitening", None, None, ""),
     "policy_loss": ("its value is no progress: Trap 26", None, None, ""),
-    "policy/ratio_mean": ("pi / pi_old", 0.9, 1.1, "steps too large: lower actor_lr"),
-    "policy/ratio_max": ("", None, 100, "steps too large: lower actor_lr"),
-    "policy/clip_upper": ("share clipped, good tokens", None, 0.15, "lower actor_lr or max_epochs"),
-    "policy/clip_lower": ("share clipped, bad tokens", None, 0.15, "lower actor_lr or max_epochs"),
-    "policy/approx_kl": ("KL(old, new), nats a token", None, 0.1, "lower actor_lr or set target_kl"),
-    "policy/entropy": ("nats a token, sampled", 0.01, None, "collapse: raise kl_coef or entropy_coef"),
+    "policy/ratio_mean": ("pi / pi_old", 0.9, 1.1, "steps are too large: lower actor_lr"),
+    "policy/ratio_max": ("pi / pi_old", None, 100, "steps are too large: lower actor_lr"),
+    "policy/clip_upper": ("share of tokens", None, 0.2, "lower actor_lr or max_epochs"),
+    "policy/clip_lower": ("share of tokens", None, 0.2, "lower actor_lr or max_epochs"),
+    "policy/approx_kl": ("KL(old, new), nats a token", None, 0.1, "lower actor_lr, set target_kl"),
+    "policy/entropy": ("nats a token", 0.01, None, "collapse: raise kl_coef or entropy_coef"),
     "policy/actor_grad_norm": ("before clipping", None, None, ""),
-    "policy/actor_lr": ("", None, None, ""),
+    "policy/actor_lr": ("learning rate", None, None, ""),
     "value_loss": ("squared error / 2", None, None, ""),
-    "value/value_clip_fraction": ("share moved beyond it", None, 0.5, "raise value_clip_eps"),
-    "value/explained_variance": ("1: V knows the return", -0.2, None, "lower critic_lr, raise critic_warmup"),
+    "value/value_clip_fraction": ("share of tokens", None, 0.5, "raise value_clip_eps"),
+    "value/explained_variance": ("1: V knows all", -0.5, None, "lower critic_lr"),
     "value/critic_grad_norm": ("before clipping", None, None, ""),
-    "value/critic_lr": ("", None, None, ""),
-    "time/tokens_per_second": ("response tokens", None, None, ""),
+    "value/critic_lr": ("learning rate", None, None, ""),
+    "time/tokens_per_second": ("of responses", None, None, ""),
     "time/generate": ("seconds", None, None, ""),
     "time/score": ("seconds", None, None, ""),
     "time/train": ("seconds", None, None, ""),
@@ -980,36 +976,37 @@ METRICS = {  # tag: what it is, healthy from, to, and where to look outside of t
 
 
 def add_policy_metrics(metrics, policy_loss, action_log_probs, batch, clip_eps, clip_eps_high):
-    """Adds a micro-batch's sums over its real tokens."""
+    """Adds sums over a micro-batch's real tokens: padding would only thin them out (Trap 25)."""
     mask = batch.action_mask.bool()
     log_ratio = (action_log_probs - batch.old_action_log_probs)[mask]
     ratio, advantages = log_ratio.exp(), batch.advantages[mask]
-    metrics["policy_loss"] += policy_loss.detach()
-    metrics["ratio_mean"] += ratio.sum()
-    metrics["ratio_max"] = max(metrics["ratio_max"], ratio.max())
-    metrics["approx_kl"] += (ratio - 1 - log_ratio).sum()
-    low, high = clip_eps or math.inf, clip_eps if clip_eps_high is None else clip_eps_high
-    metrics["clip_upper"] += ((ratio > 1 + (high or math.inf)) & (advantages > 0)).sum()
-    metrics["clip_lower"] += ((ratio < 1 - low) & (advantages < 0)).sum()
+    low = math.inf if clip_eps is None else clip_eps
+    high = low if clip_eps_high is None else clip_eps_high
+    metrics["policy_loss"] += policy_loss.item()
+    metrics["ratio_mean"] += ratio.sum().item()
+    metrics["ratio_max"] = max(metrics["ratio_max"], ratio.max().item())
+    metrics["approx_kl"] += (ratio - 1 - log_ratio).sum().item()
+    metrics["clip_upper"] += ((ratio > 1 + high) & (advantages > 0)).sum().item()
+    metrics["clip_lower"] += ((ratio < 1 - low) & (advantages < 0)).sum().item()
 
 
 def add_value_metrics(metrics, value_loss, values, batch, value_clip_eps):
     moved = (values - batch.values)[batch.action_mask.bool()].abs()
     metrics["tokens"] += moved.numel()
-    metrics["value_loss"] += value_loss.detach()
-    metrics["value_clip_fraction"] += (moved > (value_clip_eps or math.inf)).sum()
+    metrics["value_loss"] += value_loss.item()
+    metrics["value_clip_fraction"] += (moved > (value_clip_eps or math.inf)).sum().item()
 
 
 def finish_metrics(metrics):
-    """Sums -> means over the tokens of the step."""
-    metrics = {name: float(value) for name, value in over_processes(metrics).items()}
+    """Sums -> means over the tokens of the step, of all processes."""
+    metrics = over_processes(metrics)
     whole = ("policy_loss", "value_loss", "ratio_max", "tokens")
     return {name: value if name in whole else value / metrics["tokens"]
             for name, value in metrics.items()}
 
 
 def get_rollout_metrics(rows):
-    """Rows -> means over all of a rollout's real tokens, or over its responses."""
+    """Rows -> means over all real tokens of a rollout, or over its responses."""
     batch, n = collate_fn(rows), len(rows)
     mask = batch.action_mask.bool()
     k3 = compute_approx_kl(batch.old_action_log_probs, batch.ref_action_log_probs, mask, "k3")
@@ -1021,18 +1018,18 @@ def get_rollout_metrics(rows):
         after_kl=scores.mean() - kl_coef * batch.kl.sum() / n, ref_k1=batch.kl.sum() / n,
         ref_k3=k3.sum() / n, response_length=mask.sum() / n, advantage_std=errors.std(correction=0),
         ended=sum(row.info["ended"] for row in rows) / n, explained_variance=1 - unexplained,
-        entropy=-batch.old_action_log_probs[mask].mean())  # the sample is the policy's own: unbiased
+        entropy=-batch.old_action_log_probs[mask].mean())  # unbiased: this policy drew the sample
     if gold_fn is not None:
-        metrics["gold"] = sum(get_gold(rows)) / n
+        items = [row.info["item"]["prompt"] for row in rows]
+        metrics["gold"] = sum(gold_fn(items, [row.info["response"] for row in rows])) / n
     return {name: float(value) for name, value in metrics.items()}
 
 
-def get_gold(rows):
-    items = [row.info["item"] for row in rows]
-    return gold_fn([item["prompt"] for item in items], [row.info["response"] for row in rows])
-
-
 # ---- 10. The run around the loop ---------------------------------------------------------------
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, raised when the state has been saved."""
 
 
 @dataclass
@@ -1043,48 +1040,49 @@ class State:
     ppo1_beta: float = 1.0
     best: float = -math.inf
     best_gold: float = -math.inf
-    score_moments: RunningMoments = field(default_factory=RunningMoments)
-
-
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, after the state was saved."""
+    score_moments: list = field(default_factory=lambda: [0, 0.0, 0.0])
 
 
 class Run:
     """Log, evaluation, checkpoints and signals around the loop of `train`."""
 
-    def __init__(self, models, optimizers, sampling, scoring, prompts_dataset, eval_dataset, writer):
+    def __init__(self, models, optimizers, sampling, scoring, prompts_dataset, eval_dataset,
+                 writer):
         self.models, self.optimizers, self.writer = models, optimizers, writer
         self.sampling, self.scoring = sampling, scoring
         self.prompts_dataset, self.eval_dataset = prompts_dataset, eval_dataset
         self.rollouts = math.ceil(episodes * len(prompts_dataset) / rollout_batch_size)
         rows = rollout_batch_size * n_samples_per_prompt
-        self.steps_a_rollout = max_epochs * math.ceil(rows / train_batch_size)
+        self.total_steps = self.rollouts * max_epochs * math.ceil(rows / train_batch_size)
         self.state = State(kl_coef=kl_coef if kl_coef_start is None else kl_coef_start)
         self.steps, self.seconds, self.strikes = [], {}, defaultdict(int)
-        self.now, self.stopping, self.before, self.after = None, False, None, None
+        self.now, self.stopping, self.before, self.after = None, False, [], []
+        self.old_handlers = {}
 
     def start(self):
-        """Resume, catch signals, check the models, show what is there."""
-        actor_model, critic_model, reward_model, ref_model = self.models
+        """Resumes, checks the models, looks at the held-out prompts."""
         path = find_checkpoint()
         if path:
             load_checkpoint(path, self)
-        self.old_handlers = catch_signals(self.on_signal)
         if self_check != "off":
             run_self_check(self)
-        if self.eval_dataset:  # the reference is what the actor was, also after a resume
-            self.before = self.evaluate(ref_model)
-        if self.writer and not self.state.rollout:
-            lines = [f"| {name} | {show(repr(globals()[name]))} |" for name in CONSTANTS]
-            self.writer.add_text("constants", "\n".join(["| constant | value |", "|---|---|", *lines]))
-            if self.before:
-                self.log_evaluation(self.before)
+        self.before = self.evaluate(self.models[3])  # the reference: what the actor was
+        if self.writer and not path:
+            lines = [f"| {name} | {show(repr(value))} |" for name, value in get_constants().items()]
+            self.writer.add_text("constants", "\n".join(["| constant | value |", "|-|-|", *lines]))
+            self.log_evaluation(self.before)
+        if threading.current_thread() is threading.main_thread():  # no other may catch signals
+            self.old_handlers = {number: signal.signal(number, self.on_signal)
+                                 for number in (signal.SIGINT, signal.SIGTERM)}
         self.started, self.first = time.perf_counter(), self.state.rollout
         return self.state
 
+    def release_signals(self):
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+
     def goes_on(self):
-        """Another rollout? Keeps its start, in case that it is dropped."""
+        """Is there another rollout? Remembers its start, in case that it is dropped."""
         self.snapshot = take_snapshot(self.state)
         if self.stopping and self.state.rollout < self.rollouts:
             save_checkpoint(self)
@@ -1099,12 +1097,12 @@ class Run:
         return [self.prompts_dataset[i] for i in indices]
 
     def epochs(self, buffer):
-        """The minibatches of all epochs, the learning rates set for each."""
-        step = self.state.rollout * self.steps_a_rollout
+        """All minibatches of all epochs, the learning rates set for each."""
+        step = self.state.rollout * self.total_steps // self.rollouts
         for _ in range(max_epochs):
-            order = torch.Generator().manual_seed(seed * 1_000_003 + step)  # the same in all processes
+            order = torch.Generator().manual_seed(seed * 1_000_003 + step)  # one in all processes
             for experience in buffer.minibatches(train_batch_size, order):
-                factor = get_lr_factor(step, self.rollouts * self.steps_a_rollout)
+                factor = get_lr_factor(step, self.total_steps)
                 for optimizer, lr in zip(self.optimizers, (actor_lr, critic_lr)):
                     for group in optimizer.param_groups:
                         group["lr"] = lr * factor
@@ -1114,58 +1112,61 @@ class Run:
     def mean(self, name):
         """Of a train_step metric over the rollout's steps, weighted by their tokens."""
         steps = [step for step in self.steps if name in step]
-        tokens = sum(step["tokens"] for step in steps)
-        return sum(step[name] * step["tokens"] for step in steps) / tokens
+        return (sum(step[name] * step["tokens"] for step in steps)
+                / sum(step["tokens"] for step in steps))
 
     @contextlib.contextmanager
     def phase(self, name):
-        """Times a phase. A signal drops the rollout unless it is in the middle of its update."""
+        """Times a phase, and says where a loss that is not finite came up."""
         start, self.now = time.perf_counter(), name
         try:
             yield
-        except Stopped:
-            save_checkpoint(self)
-            raise
-        except FloatingPointError as error:
+        except BaseException as error:
+            self.release_signals()
+            if isinstance(error, Stopped):
+                save_checkpoint(self)
+            if not isinstance(error, FloatingPointError):
+                raise
             self.save_actor("stopped")
-            raise InputError(f"rollout {self.state.rollout + 1}, optimizer step {len(self.steps) + 1}: "
-                             f"{error}, stopped before the step; the actor is in {run_folder()}/stopped, "
-                             "lower actor_lr or critic_lr") from None
+            raise InputError(
+                f"rollout {self.state.rollout + 1}, optimizer step {len(self.steps) + 1}: {error}; "
+                f"lower actor_lr or critic_lr (the actor before it: {run_folder()}/stopped)") from None
         self.now, self.seconds[name] = None, time.perf_counter() - start
 
     def finish_rollout(self, rows):
-        metrics = get_rollout_metrics(rows)
-        metrics |= {name: self.mean(name) for name in {n for step in self.steps for n in step}}
+        """Logs it, evaluates and saves where it is time to."""
+        state, metrics = self.state, get_rollout_metrics(rows) | self.seconds
+        metrics |= {name: self.mean(name) for name in set().union(*self.steps)}
         metrics["ratio_max"] = max(step.get("ratio_max", 0.0) for step in self.steps)
-        metrics |= dict(kl_coef=self.state.kl_coef, actor_lr=self.optimizers[0].param_groups[0]["lr"],
-                        critic_lr=self.optimizers[1].param_groups[0]["lr"], **self.seconds)
-        tokens = sum(len(row.action_mask) for row in rows)
-        metrics["tokens_per_second"] = tokens / sum(self.seconds.values())
+        metrics |= {name: optimizer.param_groups[0]["lr"]
+                    for name, optimizer in zip(("actor_lr", "critic_lr"), self.optimizers)}
+        metrics["tokens_per_second"] = sum(len(row.action_mask) for row in rows) / sum(
+            self.seconds.values())
+        metrics["kl_coef"] = state.kl_coef
         if policy_loss == "ppo1":
-            metrics["ppo1_beta"] = self.state.ppo1_beta
+            metrics["ppo1_beta"] = state.ppo1_beta
         if "gold" in metrics:
-            self.state.best_gold = max(self.state.best_gold, metrics["gold"])
-            metrics["gold_lost"] = self.state.best_gold - metrics["gold"]
+            state.best_gold = max(state.best_gold, metrics["gold"])
+            metrics["gold_lost"] = state.best_gold - metrics["gold"]
         self.log(metrics)
         self.steps, self.seconds = [], {}
-        self.state.rollout += 1
-        done = self.state.rollout
-        if eval_every and self.eval_dataset and done % eval_every == 0:
+        state.rollout += 1
+        if eval_every and state.rollout % eval_every == 0:
             self.log_evaluation(self.evaluate(self.models[0]))
-        if save_every and (done % save_every == 0 or done == self.rollouts):
-            self.snapshot = take_snapshot(self.state)
+        if save_every and (state.rollout % save_every == 0 or state.rollout == self.rollouts):
+            self.snapshot = take_snapshot(state)
             save_checkpoint(self)
 
     def log(self, metrics):
-        """One console line, all tags, and advice where one left its range three times in a row."""
+        """A console line, all tags, advice where one is outside its range for the third time."""
         done = self.state.rollout + 1
-        seconds = (time.perf_counter() - self.started) / (done - self.first) * (self.rollouts - done)
+        left = (time.perf_counter() - self.started) / (done - self.first) * (self.rollouts - done)
         clip = metrics.get("clip_upper", 0.0) + metrics.get("clip_lower", 0.0)
         episode = 1 + self.state.rollout * rollout_batch_size // len(self.prompts_dataset)
         say(f"ep {episode:2d} rollout {done:3d}/{self.rollouts} score {metrics['score_mean']:6.2f} "
-            f"kl {metrics['ref_k1']:5.2f} loss {metrics.get('policy_loss', 0):6.3f} "
+            f"kl {metrics['ref_k1']:5.2f} loss {metrics.get('policy_loss', 0.0):6.3f} "
             f"{metrics['value_loss']:6.3f} clip {clip:.2f} len {metrics['response_length']:4.1f} "
-            f"{metrics['tokens_per_second']:5.0f} tok/s {seconds // 60:.0f}:{seconds % 60:02.0f} left")
+            f"{metrics['tokens_per_second']:5.0f} tok/s {left // 60:.0f}:{left % 60:02.0f} left")
         for tag, (what, low, high, advice) in METRICS.items():
             value = metrics.get(tag.split("/")[-1])
             if value is None:
@@ -1175,57 +1176,49 @@ class Run:
             outside = low is not None and value < low or high is not None and value > high
             self.strikes[tag] = self.strikes[tag] + 1 if outside else 0
             if self.strikes[tag] == 3:
-                say(f"  ! {tag} is {value:.3g} for 3 rollouts ({what}): {advice}")
+                say(f"  ! {tag} ({what}) is {value:.3g}, the third time in a row: {advice}")
 
     def evaluate(self, actor_model):
-        return evaluate(self.eval_dataset, actor_model, *self.models[1:], self.sampling, self.scoring, seed)
+        if not self.eval_dataset:
+            return []
+        return evaluate(self.eval_dataset, actor_model, *self.models[1:], self.sampling,
+                        self.scoring, seed)
 
     def log_evaluation(self, rows):
-        """Logs the held-out prompts and keeps the best actor so far."""
+        """Held-out prompts to TensorBoard; keeps the best actor so far."""
+        if not rows:
+            return
         metrics, done = get_rollout_metrics(rows), self.state.rollout
         if self.writer:
-            for name in ("score_mean", "ref_k1", "gold"):
-                if name in metrics:
-                    self.writer.add_scalar(f"eval/{name}", metrics[name], done)
-            texts = [f"| {show(str(row.info['item']['prompt']))} | {show(row.info['response'])} "
-                     f"| {row.info['raw_score']:.2f} |" for row in rows[:16]]
-            texts = "\n".join(["| prompt | response | score |", "|---|---|---|", *texts])
-            self.writer.add_text("samples", texts, done)
-        worth = metrics["score_mean"] - kl_coef * metrics["ref_k1"]
-        if done and worth > self.state.best:
-            self.state.best = worth
+            for name in {"score_mean", "ref_k1", "gold"}.intersection(metrics):
+                self.writer.add_scalar(f"eval/{name}", metrics[name], done)
+            lines = [f"| {show(str(row.info['item']['prompt']))} | {show(row.info['response'])} "
+                     f"| {row.info['raw_score']:.2f} |".replace("\n", " ") for row in rows[:16]]
+            lines = ["| prompt | response | score |", "|-|-|-|", *lines]
+            self.writer.add_text("samples", "\n".join(lines), done)
+        if done and metrics["after_kl"] > self.state.best:
+            self.state.best = metrics["after_kl"]
             self.save_actor("best")
 
     def on_signal(self, *_):
-        """The first signal stops in good order, a second one at once."""
+        """The first one stops in good order, a second one at once."""
         for number in self.old_handlers:
             signal.signal(number, signal.SIG_DFL)
         self.stopping = True
+        say("  stopping; once more to stop at once")
         if self.now in ("generate", "score") and world_size() == 1:
-            raise Stopped  # this rollout is dropped, `phase` saves its start
-        say("  stopping after this rollout; once more stops at once")
+            raise Stopped  # drops this rollout; `phase` saves its start
 
     def save_actor(self, name):
-        """An ordinary folder for `from_pretrained`, with the tokenizer: runs/<run_name>/<name>."""
-        def write(folder):
-            save_model(self.models[0], folder)
-            self.sampling["actor_tokenizer"].save_pretrained(folder)
-        write_folder(os.path.join(run_folder(), name), write)
+        """runs/<run_name>/<name>: an ordinary folder for `from_pretrained`, with the tokenizer."""
+        write_folder(os.path.join(run_folder(), name), lambda folder: save_model(
+            self.models[0], self.sampling["actor_tokenizer"], folder))
 
     def finish(self):
-        if self.eval_dataset:
-            self.after = self.evaluate(self.models[0])
-            self.log_evaluation(self.after)
-        for number, handler in self.old_handlers.items():
-            signal.signal(number, handler)
+        self.after = self.evaluate(self.models[0])
+        self.log_evaluation(self.after)
+        self.release_signals()
         return self
-
-
-def catch_signals(handler):
-    """-> the handlers that were there. Only the main thread may set any."""
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
 # ---- 11. Checkpoints ---------------------------------------------------------------------------
@@ -1235,60 +1228,65 @@ def run_folder():
     return os.path.join("runs", run_name)
 
 
+def get_constants():
+    return {name: getattr(globals()[name], "__name__", globals()[name]) for name in CONSTANTS}
+
+
 def take_snapshot(state):
-    """State and random numbers at the start of a rollout, without anything that needs pickle."""
+    """State and random numbers at the start of a rollout, in types that need no pickle."""
     kind, keys, *rest = numpy.random.get_state()
-    return dict(state=dataclasses.asdict(state), torch=torch.get_rng_state(),
-                cuda=torch.cuda.get_rng_state_all() if device == "cuda" else [],
-                python=random.getstate(), numpy=(kind, keys.tolist(), *rest))
+    return dict(state=copy.deepcopy(vars(state)), torch=torch.get_rng_state(),
+                cuda=torch.cuda.get_rng_state_all(), python=random.getstate(),
+                numpy=(kind, keys.tolist(), *rest))
 
 
 def write_folder(path, write):
-    """Calls write(folder) on a temporary folder beside `path`, flushes it to disk and renames it: at any
-    instant there is either the whole folder or what was there before. Says so when it failed."""
+    """Calls write(folder) on a temporary folder, flushes that to disk, renames it to `path`: at any
+    time there is the whole of it, or what was there before. -> did it work? Says so if not."""
     temporary = path + ".tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         os.makedirs(temporary)
         write(temporary)
-        hashes = {os.path.relpath(file, temporary): flush(file) for file in list_files(temporary)}
+        files = sorted(os.path.relpath(os.path.join(root, name), temporary)
+                       for root, _, names in os.walk(temporary) for name in names)
+        hashes = {name: flush(os.path.join(temporary, name)) for name in files}
         with open(os.path.join(temporary, "manifest.json"), "w") as file:
             json.dump(hashes, file)
         flush(file.name)
-        if os.path.exists(path):
-            shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
         os.rename(temporary, path)
-    except Exception as error:  # OSError, but safetensors and torch have their own for a full disk
+    except Exception as error:  # OSError, or safetensors' and torch's own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        say(f"  ! {path} was not written ({error}); what was saved before it is whole")
+        say(f"  ! {path} was not written ({error}); what was saved before is whole")
         return False
     return True
 
 
-def list_files(folder):
-    return sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
-
-
 def flush(path):
-    """A file to the disk -> its hash."""
+    """A file to disk -> its hash."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_checkpoint(run):
-    folder = os.path.join(run_folder(), "checkpoints")
-    path = os.path.join(folder, f"rollout-{run.snapshot['state']['rollout']:06d}")
-    if run.writer:
-        run.writer.flush()  # its points up to here must not be lost when these go on from here
+def save_model(model, tokenizer, folder):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
-    def write(temporary):
-        save_model(run.models[0], os.path.join(temporary, "actor"))
-        run.sampling["actor_tokenizer"].save_pretrained(os.path.join(temporary, "actor"))
-        safetensors.torch.save_model(run.models[1], os.path.join(temporary, "critic.safetensors"))
-        rest = dict(run.snapshot, optimizers=[optimizer.state_dict() for optimizer in run.optimizers],
-                    constants={name: globals()[name] for name in CONSTANTS})
-        torch.save(rest, os.path.join(temporary, "rest.pt"))
+
+def save_checkpoint(run):
+    path = os.path.join(run_folder(), "checkpoints",
+                        f"rollout-{run.snapshot['state']['rollout']:06d}")
+    if run.writer:
+        run.writer.flush()  # a run that goes on from here will not write these points again
+
+    def write(folder):
+        save_model(run.models[0], run.sampling["actor_tokenizer"], os.path.join(folder, "actor"))
+        safetensors.torch.save_model(run.models[1], os.path.join(folder, "critic.safetensors"))
+        optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
+        torch.save(dict(run.snapshot, constants=get_constants(), optimizers=optimizers),
+                   os.path.join(folder, "rest.pt"))
 
     if write_folder(path, write):
         for old in list_checkpoints()[:-keep_checkpoints]:
@@ -1297,14 +1295,18 @@ def save_checkpoint(run):
 
 def list_checkpoints():
     """Oldest first."""
-    return sorted(glob.glob(os.path.join(glob.escape(run_folder()), "checkpoints", "rollout-??????")))
+    folder = os.path.join(glob.escape(run_folder()), "checkpoints", "rollout-" + "[0-9]" * 6)
+    return sorted(glob.glob(folder))
 
 
 def find_checkpoint():
-    """The constant `resume` -> the path of a whole checkpoint, or None. InputError: it is damaged."""
+    """What the constant `resume` means -> the path of a whole checkpoint, or None."""
     path = (list_checkpoints() or [None])[-1] if resume == "latest" else resume
     if path is None:
         return None
+    path = os.path.normpath(path)
+    if not re.fullmatch(r"rollout-\d{6}", os.path.basename(path)):
+        raise InputError(f"resume = {path!r} is no checkpoint: those are named rollout-000020")
     try:
         with open(os.path.join(path, "manifest.json")) as file:
             hashes = json.load(file)
@@ -1312,53 +1314,45 @@ def find_checkpoint():
     except (OSError, ValueError) as error:
         damaged = [str(error)]
     if damaged:
-        older = [other for other in list_checkpoints() if other < os.path.normpath(path)]
-        instead = repr(older[-1]) if older else "None, to start anew"
+        older = [other for other in list_checkpoints() if other < path]
+        instead = repr(older[-1]) if older else "None to start anew"
         raise InputError(f"checkpoint {path} is damaged ({damaged[0]}): set resume = {instead}")
     return path
 
 
 def load_checkpoint(path, run):
-    """Everything back in place. InputError: a constant was changed that cannot be."""
+    """Puts everything back. InputError: a constant that cannot change was changed."""
     rest = torch.load(os.path.join(path, "rest.pt"), weights_only=True)
     for name, old in rest["constants"].items():
-        if name in CONSTANTS and globals()[name] != old and name != "resume":
-            if name in ("actor_name", "critic_name", "lora_rank"):
-                raise InputError(f"{name} = {globals()[name]!r} cannot change on resume, it was {old!r}")
-            say(f"  resume: {name} was {old!r}, is {globals()[name]!r}")
+        new = get_constants().get(name)
+        if new != old and name in ("actor_name", "critic_name", "lora_rank"):
+            raise InputError(f"{name} = {new!r} cannot change on resume: it was {old!r}")
+        if new != old and name != "resume":
+            say(f"  resume: {name} was {old!r}, now {new!r}")
     try:
-        load_weights(run.models[0], os.path.join(path, "actor"))
+        folder = os.path.join(path, "actor")
+        saved = type(run.models[0]).from_pretrained(folder, dtype=torch.float32)
+        run.models[0].load_state_dict(saved.state_dict())
         safetensors.torch.load_model(run.models[1], os.path.join(path, "critic.safetensors"))
-        for optimizer, saved in zip(run.optimizers, rest["optimizers"]):
-            optimizer.load_state_dict(saved)
+        for optimizer, state in zip(run.optimizers, rest["optimizers"]):
+            optimizer.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"{path} does not fit these models ({str(error).splitlines()[0]}): "
-                         "resume with the models that it was saved from") from None
-    moments = RunningMoments(**rest["state"].pop("score_moments"))
-    run.state = State(**rest["state"], score_moments=moments)
+        reason = str(error).split("\n")[0]
+        raise InputError(f"resume: {path} does not fit these models: {reason}") from None
+    run.state = State(**rest["state"])
     torch.set_rng_state(rest["torch"])
-    if device == "cuda":
-        torch.cuda.set_rng_state_all(rest["cuda"])
+    torch.cuda.set_rng_state_all(rest["cuda"])
     random.setstate(rest["python"])
     numpy.random.set_state(rest["numpy"])
     say(f"resumed from {path}")
-
-
-def save_model(model, folder):
-    model.save_pretrained(folder)
-
-
-def load_weights(model, folder):
-    saved = type(model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    model.load_state_dict(saved.state_dict())
 
 
 # ---- 12. Self-check ----------------------------------------------------------------------------
 
 
 def run_self_check(run):
-    """Tries the properties that the formulas rest on, on these models and prompts, and prints a line for
-    each. A failed one stops the run, or warns, as the constant self_check says."""
+    """Tries what the formulas rest on, on these models and prompts, a line for each check. A failed
+    one stops the run, or warns, as the constant self_check says."""
     failed = []
 
     def check(name, passed, found, advice):
@@ -1368,111 +1362,114 @@ def run_self_check(run):
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        check_experience(run, check)
+        samples_list, rows = check_forward(run, check)
+        check_update(run, samples_list, rows, check)
     for model in run.models:
         if isinstance(model, nn.Module):
             model.zero_grad(set_to_none=True)
     if failed and self_check == "stop":
-        raise InputError(f"self-check failed ({', '.join(failed)}): mend it, or set self_check = 'warn'")
+        raise InputError(f"self-check: {failed[0]}: not so; mend it, or set self_check = 'warn'")
 
 
-def check_experience(run, check):
-    actor, critic, reward, ref = run.models
-    exact = 1e-4 if device == "cpu" else 0.5  # under bf16 a difference is reported, not judged
-    prompts = sorted((run.prompts_dataset[i] for i in range(min(len(run.prompts_dataset), 64))),
-                     key=lambda item: len(item["text"]))
-    prompts = [prompts[0], prompts[-1]]  # two lengths, so that one is padded
+def check_forward(run, check):
+    """The properties of one forward. Rounding of bf16 on a GPU is reported and not judged."""
+    actor, critic, tokenizer = run.models[0], run.models[1], run.sampling["actor_tokenizer"]
+    exact = 1e-4 if device == "cpu" else math.inf
+    prompts = sorted(list(run.prompts_dataset)[:64], key=lambda item: len(item["text"]))
+    prompts = [prompts[0], prompts[-1]]  # of two lengths, so that one is padded
     sampling = run.sampling | dict(n_samples_per_prompt=2, max_new_tokens=min(max_new_tokens, 16))
     samples_list = generate_samples(prompts, actor, **sampling)
     rows = generate_experiences(samples_list, *run.models, **run.scoring)
-    end_tokens = get_end_tokens(actor, sampling["actor_tokenizer"])
-    batch = collate_fn(rows)
-    num_actions, mask = batch.action_mask.shape[1], batch.action_mask.bool()
+    batch, end_tokens = collate_fn(rows), torch.tensor(get_end_tokens(actor, tokenizer))
 
     def outputs(batch):
         n, inputs = batch.action_mask.shape[1], (batch.seqs, batch.attention_mask)
         with torch.no_grad():
-            return torch.stack([compute_log_probs(actor, *inputs, n, temperature), critic(*inputs, n)])
+            log_probs = compute_log_probs(actor, *inputs, n, temperature)
+            return torch.stack([log_probs, critic(*inputs, n)])
 
-    def difference(a, b, mask):
-        return ((a - b) * mask).abs().max().item()
+    def largest(difference):
+        return (difference * batch.action_mask).abs().max().item()
 
     here = outputs(batch)
-    ratio = difference(here[0], batch.old_action_log_probs, mask)
-    check("ratio is 1 at step 0", ratio < exact, f"log-ratios up to {ratio:.1e}",
-          "The actor's forward is not repeatable: is dropout on?")
-    kl = batch.kl.abs().max().item()
-    check("KL to the reference is 0 at step 0", run.state.rollout > 0 or kl < exact, f"up to {kl:.1e}",
-          "The reference has other weights than the actor: load both from actor_name")
-    scale = compare_sampler(run, prompts, end_tokens)
-    check("sampled from what is scored", scale < exact, f"log-probs differ by {scale:.1e}",
-          "generate filters or reweighs: look at the model's generation_config")
-    garbage = dataclasses.replace(batch, seqs=torch.where(
-        batch.attention_mask.bool(), batch.seqs, torch.randint_like(batch.seqs, 1, 5)))
-    change = difference(outputs(garbage), here, mask)
-    check("what stands under padding does not count", change < exact, f"changes {change:.1e}",
-          "The model ignores attention_mask: it cannot be trained in padded batches")
-    alone = max(difference(outputs(collate_fn([row]))[:, 0], here[:, i, :len(row.action_mask)], 1)
-                for i, row in enumerate(rows))
-    check("a row alone is as in the batch", alone < exact, f"differs by {alone:.1e}",
-          "The model ignores position_ids or attention_mask: set micro batches to 1")
-    is_end = torch.isin(torch.cat([batch.seqs[:, -num_actions:], torch.full_like(
-        batch.seqs[:, :1], end_tokens[0])], dim=1), torch.tensor(end_tokens, device=batch.seqs.device))
-    inside = (get_action_mask(torch.where(is_end, end_tokens[0], -1), end_tokens) * is_end).sum(-1)
-    ended = torch.tensor([row.info["ended"] for row in rows])
-    once = [int(torch.isin(row.seqs[-len(row.action_mask):].cpu(), torch.tensor(end_tokens)).sum())
+    off = largest(here[0] - batch.old_action_log_probs)
+    check("the ratio is 1 at step 0", off < exact, f"its log is at most {off:.1e}",
+          "The actor's forward does not repeat itself: is dropout on?")
+    off = batch.kl.abs().max().item()
+    check("KL to the reference is 0 at step 0", run.state.rollout or off < exact, f"up to {off:.1e}",
+          "The reference is another model: load both from actor_name")
+    off = compare_sampler(actor, tokenizer, prompts)
+    check("sampled is what is scored", off < 1e-4, f"probabilities differ by {off:.1e}",
+          "`generate` filters or reweighs: look at the model's generation_config")
+    other = torch.where(batch.attention_mask.bool(), batch.seqs, batch.seqs.flip(1))
+    off = largest(outputs(dataclasses.replace(batch, seqs=other)) - here)
+    check("what stands under padding does not count", off < exact, f"it changes {off:.1e}",
+          "The model ignores attention_mask: it cannot be trained in batches")
+    alone = torch.zeros_like(here)
+    for i, row in enumerate(rows):
+        alone[:, i, :len(row.action_mask)] = outputs(collate_fn([row]))[:, 0]
+    off = largest(alone - here)
+    check("a row alone is as in a batch", off < exact, f"differs by {off:.1e}",
+          "The model ignores position_ids: set the micro batch sizes to 1")
+    ends = [int(torch.isin(row.seqs.cpu()[-len(row.action_mask):], end_tokens).sum())
             for row in rows]
-    check("the end token is one action", bool((inside == 1).all()) and once == ended.int().tolist(),
-          f"{sum(once)} in {int(ended.sum())} finished responses", "The action mask is wrong")
-    check_update(run, samples_list, check, exact)
+    made = get_action_mask(end_tokens[:1].repeat(2, 3), end_tokens.tolist())  # all tokens are ends
+    right = ends == [int(row.info["ended"]) for row in rows] and made.sum().item() == 2
+    check("the end token is one action", right, f"{sum(ends)} in {len(ends)} responses",
+          "The action mask is wrong: rewards would get lost")
+    return samples_list, rows
 
 
-def compare_sampler(run, prompts, end_tokens):
-    """The largest difference between what `generate` samples from and softmax(logits / temperature)."""
-    actor, tokenizer = run.models[0], run.sampling["actor_tokenizer"]
-    inputs = tokenizer([item["text"] for item in prompts], return_tensors="pt", padding=True, truncation=True,
-                       max_length=max_length, add_special_tokens=not apply_chat_template).to(device)
-    with plain_sampling(actor, end_tokens, tokenizer.pad_token_id, temperature, min(max_new_tokens, 8)):
-        output = actor.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-                                return_dict_in_generate=True, output_scores=True, output_logits=True)
-    scores, logits = torch.stack(output.scores).float(), torch.stack(output.logits).float()
-    return (scores.softmax(-1) - (logits / temperature).softmax(-1)).abs().max().item()
+def compare_sampler(actor, tokenizer, prompts):
+    """The largest difference of what `generate` draws from to softmax(logits / temperature)."""
+    inputs = tokenizer([item["text"] for item in prompts], return_tensors="pt", padding=True,
+                       truncation=True, max_length=max_length).to(device)
+    with plain_sampling(actor, get_end_tokens(actor, tokenizer), tokenizer.pad_token_id,
+                        temperature, min(max_new_tokens, 8)):
+        output = actor.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
+            return_dict_in_generate=True, output_scores=True, output_logits=True)
+    drawn, raw = torch.stack(output.scores).float(), torch.stack(output.logits).float()
+    return (drawn.softmax(-1) - (raw / temperature).softmax(-1)).abs().max().item()
 
 
-def check_update(run, samples_list, check, exact):
+def check_update(run, samples_list, rows, check):
+    """The way of the score, and the properties of a backward."""
     actor, critic, reward, ref = run.models
-    sides = [generate_experiences(samples_list, actor, critic, lambda p, r, **_: [sign] * len(r), ref,
-                                  gamma=gamma, lambd=lambd, whiten_advantages=False, truncated=truncated,
-                                  temperature=temperature, micro_train_batch_size=micro_train_batch_size)
-             for sign in (1.0, -1.0)]
-    flips = [(up.advantages - down.advantages).tolist() for up, down in zip(*sides)]
-    check("the score arrives", all(flip[-1] > 1 and min(flip) > 0 for flip in flips),
-          f"score 1 or -1 moves advantages by {min(map(min, flips)):.2f} to {max(map(max, flips)):.2f}",
-          "The end of a response gets no reward, or gamma * lambd lets nothing through: look at these")
+    good, bad = (generate_experiences(
+        samples_list, actor, critic, lambda prompts, responses, **_: [sign] * len(responses), ref,
+        gamma=gamma, lambd=lambd, whiten_advantages=False, truncated=truncated,
+        temperature=temperature, micro_train_batch_size=micro_train_batch_size)
+        for sign in (1.0, -1.0))
+    moves = [(up.advantages - down.advantages).tolist() for up, down in zip(good, bad)]
+    check("the score arrives", all(move[-1] > 1.9 and min(move) >= 0 for move in moves),
+          f"score 1 for -1 moves A_t by {min(map(min, moves)):.2f} to {max(map(max, moves)):.2f}",
+          "The end of a response gets no reward: look at action_mask and compute_rewards")
     gradients = []
-    for size in (1, len(sides[0])):
+    for size in (1, len(rows)):
         optimizers = [torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
                       for model in (actor, critic)]
-        train_step(sides[0], actor, critic, *optimizers, size, temperature, max_grad_norm=math.inf)
-        gradients.append([p.grad.flatten()[:100_000].clone() for model in (actor, critic)
-                          for p in model.parameters() if p.grad is not None])
-    apart = max((a - b).abs().max().item() / (1e-8 + max(g.abs().max().item() for g in gradients[1]))
-                for a, b in zip(*gradients))
-    check("micro-batches of 1 and of all: one gradient", apart < 10 * exact, f"relative {apart:.1e}",
-          "A loss is not divided by the whole step's tokens: look at denominator")
+        train_step(good, actor, critic, *optimizers, size, temperature, loss_agg=loss_agg,
+                   max_grad_norm=math.inf)
+        gradients.append(torch.cat([p.grad.flatten()[:10_000] for model in (actor, critic)
+                                    for p in model.parameters() if p.grad is not None]))
+    off = (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max().clamp(min=1e-12)
+    exact = 1e-3 if device == "cpu" else math.inf
+    check("micro-batches of 1 and of all: one gradient", off < exact, f"differs by {off:.1e}",
+          "Each loss needs the denominator of the whole step")
     modules = [model for model in run.models if isinstance(model, nn.Module)]
     weights = [{p.data_ptr() for p in model.parameters()} for model in modules]
-    shared = sum(len(weights[i] & weights[j]) for i in range(len(weights)) for j in range(i))
-    frozen = [p for model in modules[2:] for p in model.parameters() if p.grad is not None]
-    check("no weight is shared, none frozen has a gradient", not shared and not frozen,
-          f"{shared} shared, {len(frozen)} with a gradient", "Load each model of its own, or deepcopy")
+    shared = sum(len(a & b) for i, a in enumerate(weights[:2]) for b in weights[i + 1:])
+    touched = sum(p.grad is not None for model in modules[2:] for p in model.parameters())
+    check("no trained weight is shared", not shared, f"{shared} are", "deepcopy one of its owners")
+    check("frozen models get no gradient", not touched, f"{touched} do", "Use torch.no_grad()")
     if isinstance(reward, nn.Module):
-        tokenizer = run.scoring["reward_tokenizer"]
-        texts = sorted({response for samples in samples_list for response in samples.responses} | {"yes"})
-        scores = compute_scores([samples_list[0].items[0]["prompt"]] * len(texts), texts, reward, tokenizer,
-                                apply_chat_template, micro_train_batch_size)
-        check("the reward model tells responses apart", len(texts) < 2 or max(scores) - min(scores) > 1e-6,
-              f"scores from {min(scores):.2f} to {max(scores):.2f}", "Does it read text as reward_name should?")
+        texts = sorted({row.info["response"] for row in rows} | {"yes", "no"})
+        prompt = samples_list[0].items[0]["prompt"]
+        scores = compute_scores([prompt] * len(texts), texts, reward,
+                                run.scoring["reward_tokenizer"], apply_chat_template)
+        check("the reward model tells responses apart", max(scores) - min(scores) > 1e-6,
+              f"scores {min(scores):.2f} to {max(scores):.2f}", "Does it read what it should?")
 
 
 # ---- 13. Several processes ---------------------------------------------------------------------
@@ -1499,14 +1496,14 @@ def over_processes(metrics):
 
 
 def clip_gradients(model, max_norm):
-    """Scales the gradients down to max_norm -> their norm before."""
+    """Scales gradients down to a norm of max_norm -> the norm before."""
     return float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
 
 
 @contextlib.contextmanager
 def recomputing(model):
-    """Gradient checkpointing inside. It does nothing in eval(), so the layers that recompute are set to
-    training, these alone and not what is in them: dropout stays off. Off again for `generate`."""
+    """Gradient checkpointing works inside only. In eval() it does nothing, so the layers that
+    recompute are set to training, without what is in them: dropout stays off."""
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     for layer in layers:
         layer.training = True
@@ -1721,85 +1718,88 @@ def build_demo(folder, seed):
 
 
 def check_constants():
-    """InputError for the first constant that cannot be, with what to do."""
-    def need(good, name, what):
-        if not good:
-            raise InputError(f"{name} = {globals()[name]!r}: {what}")
+    """InputError for the first constant that cannot be, with what can."""
+    def is_number(value, low, open_end=False):
+        return (type(value) in (int, float) and math.isfinite(value)
+                and (value > low if open_end else value >= low))
 
-    def number(value):
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    def one_of(*choices):
+        return lambda value: value in choices
 
-    def whole(value, low):
-        return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-    for name, choices in dict(
-            lr_schedule=("constant", "linear", "cosine"), policy_loss=("clip", "ppo1"),
-            truncated=("terminal", "bootstrap"), kl_in=("reward", "loss"),
-            self_check=("stop", "warn", "off"),
-            loss_agg=("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")).items():
-        need(globals()[name] in choices, name, "use " + ", ".join(map(repr, choices)))
-    for name in ("max_length rollout_batch_size n_samples_per_prompt micro_rollout_batch_size "
-                 "max_new_tokens max_epochs train_batch_size micro_train_batch_size keep_checkpoints "
-                 "kl_horizon").split():
-        need(whole(globals()[name], 1), name, "use a whole number of 1 or more")
-    for name in "lora_rank warmup_steps critic_warmup seed eval_every save_every trace_every".split():
-        need(whole(globals()[name], 0), name, "use a whole number of 0 or more")
-    for name in "episodes temperature actor_lr critic_lr max_grad_norm".split():
-        need(number(globals()[name]) and globals()[name] > 0, name, "use a number above 0")
-    for name in "weight_decay entropy_coef kl_coef".split():
-        need(number(globals()[name]) and globals()[name] >= 0, name, "use a number of 0 or more")
-    for name in "clip_eps_high value_clip_eps huber_delta target_kl kl_coef_start kl_target clip_reward".split():
-        value = globals()[name]
-        need(value is None or number(value) and value > 0, name, "use None or a number above 0")
-    for name in ("gamma", "lambd"):
-        need(number(globals()[name]) and 0 <= globals()[name] <= 1, name, "use a number from 0 to 1")
-    need(number(clip_eps) and 0 < clip_eps < 1, "clip_eps", "use a number between 0 and 1")
-    need(dual_clip is None or number(dual_clip) and dual_clip > 1, "dual_clip", "use None or more than 1")
-    need(missing_eos_penalty is None or number(missing_eos_penalty), "missing_eos_penalty", "use None or a number")
+    kinds = {  # what is allowed, for which constants
+        "a whole number from 1": (lambda value: type(value) is int and value >= 1, """
+            max_length rollout_batch_size n_samples_per_prompt micro_rollout_batch_size max_epochs
+            max_new_tokens train_batch_size micro_train_batch_size keep_checkpoints kl_horizon"""),
+        "a whole number from 0": (lambda value: type(value) is int and value >= 0, """
+            lora_rank seed warmup_steps critic_warmup eval_every save_every trace_every"""),
+        "a number above 0": (lambda value: is_number(value, 0, True), """
+            episodes temperature actor_lr critic_lr max_grad_norm clip_eps"""),
+        "a number from 0": (lambda value: is_number(value, 0), "weight_decay entropy_coef kl_coef"),
+        "a number from 0 to 1": (lambda value: is_number(value, 0) and value <= 1, "gamma lambd"),
+        "None or a number above 0": (lambda value: value is None or is_number(value, 0, True), """
+            clip_eps_high value_clip_eps huber_delta target_kl kl_coef_start kl_target
+            clip_reward"""),
+        "None or a number from 0": (
+            lambda value: value is None or is_number(value, 0), "missing_eos_penalty"),
+        "None or a number above 1": (
+            lambda value: value is None or is_number(value, 1, True), "dual_clip"),
+        "None or a function": (lambda value: value is None or callable(value), "reward_fn gold_fn"),
+        "True or False": (lambda value: type(value) is bool, """
+            gradient_checkpointing trust_remote_code apply_chat_template whiten_advantages
+            normalize_scores whiten_rewards"""),
+        "'constant', 'linear' or 'cosine'": (one_of("constant", "linear", "cosine"), "lr_schedule"),
+        "'clip' or 'ppo1'": (one_of("clip", "ppo1"), "policy_loss"),
+        "'terminal' or 'bootstrap'": (one_of("terminal", "bootstrap"), "truncated"),
+        "'reward' or 'loss'": (one_of("reward", "loss"), "kl_in"),
+        "'stop', 'warn' or 'off'": (one_of("stop", "warn", "off"), "self_check"),
+        "'token-mean', 'seq-mean-token-mean' or 'seq-mean-token-sum'": (
+            one_of("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"), "loss_agg"),
+        "a folder or a hub id": (
+            lambda value: isinstance(value, str) and value, "actor_name reward_name"),
+        "letters, digits and . _ -": (
+            lambda value: isinstance(value, str) and re.fullmatch(r"\w[\w.-]*", value), "run_name"),
+        "None, 'latest' or the folder of a checkpoint": (
+            lambda value: value is None or value == "latest" or os.path.isdir(str(value)), "resume"),
+    }
+    for what, (allowed, names) in kinds.items():
+        for name in names.split():
+            if not allowed(globals()[name]):
+                raise InputError(f"{name} = {globals()[name]!r}: use {what}")
     rows = rollout_batch_size * n_samples_per_prompt
-    need(rows % train_batch_size == 0, "train_batch_size",
-         f"use a divisor of the {rows} rows (rollout_batch_size * n_samples_per_prompt)")
-    need(train_batch_size % min(micro_train_batch_size, train_batch_size) == 0, "micro_train_batch_size",
-         f"use a divisor of train_batch_size = {train_batch_size}")
-    need(policy_loss == "clip" or target_kl is not None, "target_kl", "policy_loss = 'ppo1' needs one, e.g. 0.01")
-    need(kl_coef_start is None or kl_coef > 0, "kl_coef", "use more than 0 where kl_coef_start anneals to it")
-    need(kl_coef_start is None or kl_target is None, "kl_coef_start", "use None where kl_target adapts kl_coef")
-    need(reward_fn is None or callable(reward_fn), "reward_fn", "use None or a function")
-    need(gold_fn is None or callable(gold_fn), "gold_fn", "use None or a function")
-    need(reward_fn or isinstance(reward_name, str), "reward_name", "name a model, or set reward_fn")
-    need(isinstance(actor_name, str) and actor_name, "actor_name", "name a folder or a hub id")
-    need(isinstance(run_name, str) and re.fullmatch(r"[\w.-]+", run_name), "run_name",
-         "use letters, digits, '.', '_' and '-'")
-    need(resume is None or isinstance(resume, str), "resume", "use None, 'latest' or the path of a checkpoint")
-    need(resume in (None, "latest") or os.path.isdir(resume), "resume", "there is no such folder")
+    for wrong, sentence in (
+            (rows % train_batch_size, f"train_batch_size = {train_batch_size} must divide the {rows} "
+             "rows of a rollout (rollout_batch_size * n_samples_per_prompt)"),
+            (train_batch_size % min(micro_train_batch_size, train_batch_size),
+             f"micro_train_batch_size = {micro_train_batch_size} must divide train_batch_size"),
+            (policy_loss == "ppo1" and target_kl is None, "policy_loss = 'ppo1' needs a target_kl"),
+            (kl_coef_start and not kl_coef, "kl_coef_start needs a kl_coef above 0 to anneal to"),
+            (kl_coef_start and kl_target, "kl_coef_start and kl_target: use one of them")):
+        if wrong:
+            raise InputError(sentence)
 
 
-def describe(name, model):
+def show_model(name, model):
     if not isinstance(model, nn.Module):
-        return f"  {name:7s} {getattr(model, '__name__', 'function')}"
-    count = sum(p.numel() for p in model.parameters())
-    trained = any(p.requires_grad for p in model.parameters())
-    kind = type(getattr(model, "base_model", model)).__name__
-    return (f"  {name:7s} {kind:24s} {count / 1e6:9.2f}M parameters  {'trained' if trained else 'frozen '}"
-            f"  {count * (16 if trained else 4) / 2**20:9.1f} MiB with gradients and Adam")
+        return say(f"  {name:8s}{getattr(model, '__name__', 'a function')}")
+    count, trained = sum(p.numel() for p in model.parameters()), name in ("actor", "critic")
+    say(f"  {name:8s}{type(model.base_model).__name__:20s}{count / 1e6:10.2f} M parameters, "
+        f"{'trained' if trained else 'frozen '} {count * (16 if trained else 4) / 2**20:10.1f} MiB")
 
 
 def show_results(run):
-    """Held-out prompts before and after, and the means."""
+    """Held-out prompts before and after, and their means."""
     if not run.before:
         return
-    say("\nheld-out prompts, before (first line) and after")
+    say("\nheld-out prompts: before, after")
     for old, new in list(zip(run.before, run.after))[:4]:
         say(f"  {show(str(old.info['item']['prompt']))[:90]}")
         for row in (old, new):
             say(f"    {row.info['raw_score']:6.2f}  {show(row.info['response'])[:85]}")
     before, after = get_rollout_metrics(run.before), get_rollout_metrics(run.after)
-    say(f"\n{'mean over ' + str(len(run.before)) + ' prompts':24s} {'before':>9s} {'after':>9s}")
-    for name, words in (("score_mean", "score"), ("score_std", "score, deviation"), ("gold", "gold"),
-                        ("ref_k1", "KL to the reference"), ("response_length", "response length")):
+    say(f"\nmean of {len(run.before)} held-out prompts     before     after")
+    for name in ("score_mean", "score_std", "gold", "ref_k1", "response_length"):
         if name in before:
-            say(f"  {words:22s} {before[name]:9.2f} {after[name]:9.2f}")
-    say(f"\nthe actor is in {run_folder()}/final; TensorBoard: tensorboard --logdir runs")
+            say(f"  {name:26s}{before[name]:10.2f}{after[name]:10.2f}")
 
 
 def main():
@@ -1812,45 +1812,49 @@ def main():
             build_demo("demo", seed)
         gold_fn = gold_fn or gold
     actor_tokenizer = load_tokenizer("actor_name", actor_name)
-    prompts_dataset = PromptDataset(prompts_file, actor_tokenizer, apply_chat_template, max_length)
-    eval_dataset = None
-    if eval_prompts_file is not None:
-        eval_dataset = PromptDataset(eval_prompts_file, actor_tokenizer, apply_chat_template, max_length)
+    prompts_dataset, eval_dataset = (
+        source and PromptDataset(source, actor_tokenizer, apply_chat_template, max_length)
+        for source in (prompts_file, eval_prompts_file))
+    if not prompts_dataset:
+        raise InputError("prompts_file is empty: name a file, or write a list of prompts")
     if prompts_dataset.truncated:
-        say(f"{prompts_dataset.truncated} of {len(prompts_dataset)} prompts are longer than max_length = "
-            f"{max_length} tokens and lose their beginning")
-    actor_model = load_model("actor_name", actor_name)
+        say(f"{prompts_dataset.truncated} of {len(prompts_dataset)} prompts are longer than "
+            f"max_length = {max_length} tokens and lose their beginning")
+    actor_model, ref_model = (load_model("actor_name", actor_name) for _ in range(2))
     positions = getattr(actor_model.config.get_text_config(), "max_position_embeddings", None)
     if positions and max_length + max_new_tokens > positions:
-        raise InputError(f"max_length + max_new_tokens = {max_length + max_new_tokens} is more than the "
-                         f"{positions} positions of actor_name: lower one of them")
-    ref_model = load_model("actor_name", actor_name).requires_grad_(False)
+        raise InputError(f"max_length + max_new_tokens = {max_length + max_new_tokens}, but "
+                         f"actor_name has {positions} positions: lower one of them")
     reward_model, reward_tokenizer = reward_fn, None
-    if reward_model is None:
+    if reward_fn is None:
         reward_tokenizer = load_tokenizer("reward_name", reward_name)
         reward_model = load_model("reward_name", reward_name).requires_grad_(False)
         if reward_model.config.pad_token_id is None:
             reward_model.config.pad_token_id = reward_tokenizer.pad_token_id
         if reward_tokenizer.pad_token_id == reward_tokenizer.eos_token_id:
-            say("the reward model pads with its end token, so it scores at the token before the end")
+            say("reward_name pads with its end token: it will score at the token before the end")
+    critic_model = make_critic(actor_model, reward_model)
     if critic_name is not None:
         critic_model = Critic(load_model("critic_name", critic_name).base_model).eval()
-    else:
-        critic_model = make_critic(actor_model, reward_model)
-    models = (actor_model, critic_model, reward_model, ref_model)
+    if gradient_checkpointing:
+        for model in (actor_model, critic_model.base_model):
+            model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    models = (actor_model, critic_model, reward_model, ref_model.requires_grad_(False))
     for name, model in zip(("actor", "critic", "reward", "ref"), models):
-        say(describe(name, model))
+        show_model(name, model)
     path = find_checkpoint()
     if path is None and os.path.exists(run_folder()):
-        n = next(n for n in itertools.count(1) if not os.path.exists(f"{run_folder()}.{n}"))
-        os.rename(run_folder(), f"{run_folder()}.{n}")
-        say(f"{run_folder()} was there: it is now {run_folder()}.{n}")
+        aside = next(f"{run_folder()}.{n}" for n in itertools.count(1)
+                     if not os.path.exists(f"{run_folder()}.{n}"))
+        os.rename(run_folder(), aside)
+        say(f"the earlier {run_folder()} is now {aside}")
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(run_folder(), purge_step=path and int(path[-6:]) + 1)
     run = train(prompts_dataset, eval_dataset, *models, actor_tokenizer, reward_tokenizer, writer)
     run.save_actor("final")
     writer.close()
     show_results(run)
+    say(f"\nthe actor is in {run_folder()}/final; curves: tensorboard --logdir runs")
 
 
 if __name__ == "__main__":
@@ -1859,4 +1863,6 @@ if __name__ == "__main__":
     except InputError as error:
         sys.exit(f"ppo.py: {error}")
     except Stopped:
-        sys.exit(f"stopped; to go on set resume = 'latest'")
+        sys.exit("stopped and saved: set resume = 'latest' to go on")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
