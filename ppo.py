@@ -136,25 +136,22 @@ class InputError(ValueError):
 
 
 class PromptDataset(torch.utils.data.Dataset):
-    """Items are dicts: `prompt` as it was given, `text` as the actor reads it, and the columns.
+    """Items are dicts: `prompt` (a text or messages), `text` as the actor reads it, other columns.
 
-    `truncated` counts the prompts longer than `max_length` tokens: they will lose their beginning.
-    Raises InputError for no prompts, an empty one, or a tokenizer without a chat template."""
+    `truncated` counts the prompts of more than max_length tokens: they will lose their beginning.
+    Raises InputError, with file and line, for what is no prompt."""
 
     def __init__(self, prompts, tokenizer, apply_chat_template, max_length):
         self.items, self.truncated = read_prompts(prompts), 0
-        if not self.items:
-            raise InputError(f"prompts_file: {prompts!r} holds no prompt, write at least one")
         if apply_chat_template and not tokenizer.chat_template:
             raise InputError("actor_name has no chat template: set apply_chat_template = False")
         for n, item in enumerate(self.items, 1):
-            prompt = item["text"] = item["prompt"]
-            if not prompt or isinstance(prompt, str) and not prompt.strip():
-                raise InputError(f"prompt {n} is empty: remove it from prompts_file")
+            item["text"] = item["prompt"]
             if apply_chat_template:
                 item["text"] = tokenizer.apply_chat_template(
-                    to_messages(prompt, tokenizer), tokenize=False, add_generation_prompt=True)
-            elif not isinstance(prompt, str):
+                    to_messages(item["prompt"], tokenizer), tokenize=False,
+                    add_generation_prompt=True)
+            elif not isinstance(item["prompt"], str):
                 raise InputError(f"prompt {n} is messages: set apply_chat_template = True")
             ids = tokenizer(item["text"], add_special_tokens=not apply_chat_template)["input_ids"]
             self.truncated += len(ids) > max_length
@@ -248,9 +245,12 @@ class Critic(nn.Module):
 
 def make_critic(actor_model, reward_model):
     """The critic starts from the reward model's body, which knows good from bad, where it reads the
-    same tokens (a decoder of the same type and vocabulary); else from the actor's."""
-    actor, reward = actor_model.config, getattr(reward_model, "config", None)
-    fits = reward and (actor.model_type, actor.vocab_size) == (reward.model_type, reward.vocab_size)
+    same tokens (a decoder of one type, vocabulary and length); else from the actor's."""
+    def kind(config):
+        return [getattr(config, name, None)
+                for name in ("model_type", "vocab_size", "max_position_embeddings")]
+
+    fits = kind(actor_model.config) == kind(getattr(reward_model, "config", None))
     return Critic((reward_model if fits else actor_model).base_model).eval()
 
 
@@ -800,25 +800,34 @@ def train(prompts_dataset, eval_dataset, actor_model, critic_model, reward_model
 
 def read_prompts(source):
     """A list, or the path of a .txt or .jsonl -> list of dicts: `prompt` and the other columns."""
-    if not isinstance(source, str):
-        return [dict(item) if isinstance(item, dict) else {"prompt": item} for item in source]
-    try:
-        with open(source, encoding="utf-8-sig") as file:
-            lines = [(n, line.strip()) for n, line in enumerate(file, 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompts_file: {source} cannot be read ({error})") from None
-    if not source.endswith(".jsonl"):
-        return [{"prompt": line} for _, line in lines]
-    items = []
-    for n, line in lines:
+    entries = [(f"prompt {n}", item) for n, item in enumerate(source, 1)]
+    if isinstance(source, str):
         try:
-            item = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{source}, line {n} is not JSON: {error}") from None
-        if not isinstance(item, dict) or not (item.get("prompt") or item.get("messages")):
-            raise InputError(f"{source}, line {n} has no `prompt` and no `messages`: add one")
-        item["prompt"] = item.pop("messages", None) or item["prompt"]
+            with open(source, encoding="utf-8-sig") as file:
+                entries = [(f"{source}, line {n}", line.strip()) for n, line in enumerate(file, 1)
+                           if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{source} (see prompts_file) cannot be read: {error}") from None
+    items = []
+    for where, item in entries:
+        if isinstance(source, str) and source.endswith(".jsonl"):
+            try:
+                item = json.loads(item)
+            except ValueError as error:
+                raise InputError(f"{where} is not JSON: {error}") from None
+        item = dict(item) if isinstance(item, dict) else {"prompt": item}
+        item["prompt"] = prompt = item.pop("messages", None) or item.get("prompt")
+        if not (isinstance(prompt, str) and prompt.strip()) and not (
+                isinstance(prompt, list) and prompt and all(
+                    isinstance(message, dict) and isinstance(message.get("role"), str)
+                    and isinstance(message.get("content"), str) for message in prompt)):
+            raise InputError(f"{where} has no `prompt`, a text that is not empty, and no "
+                             "`messages`, dicts with role and content: add one")
+        if taken := {"text", "prompts", "responses"}.intersection(item):
+            raise InputError(f"{where} has a column named {taken.pop()}: give it another name")
         items.append(item)
+    if not items:
+        raise InputError(f"{source!r} (see prompts_file) holds no prompt: write at least one")
     return items
 
 
@@ -851,19 +860,16 @@ def as_data(text, tokenizer):
 
 
 def to_messages(prompt, tokenizer):
+    """A prompt, a text or messages -> messages for a chat template."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    try:
-        return [{name: as_data(message[name], tokenizer) for name in ("role", "content")}
-                for message in messages]
-    except (TypeError, KeyError, AttributeError):
-        raise InputError(f"messages {show(repr(prompt))[:60]} are not a list of dicts with role "
-                         "and content: mend prompts_file") from None
+    return [{name: as_data(message[name], tokenizer) for name in ("role", "content")}
+            for message in messages]
 
 
 def load(auto, constant, name, **options):
     try:
         return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of many kinds, and all of them mean this
         reason = show(str(error).strip().split("\n")[0])
         raise InputError(f"{constant} = {name!r} cannot be loaded: {reason}") from None
 
@@ -910,17 +916,17 @@ def to_reward_inputs(prompt, response, tokenizer, apply_chat_template, max_lengt
     return tokenizer(prompt + response + (tokenizer.eos_token or ""), **cut)
 
 
-def check_scores(scores, responses):
+def check_scores(scores, responses, name="reward_fn"):
     """What a function of the user's returned -> list of floats, or InputError."""
     try:
         scores = [float(score) for score in list(scores) if not isinstance(scores, str)]
     except (TypeError, ValueError, OverflowError):
-        raise InputError("reward_fn returned no list of numbers: return floats") from None
+        raise InputError(f"{name} returned no list of numbers: return floats") from None
     if len(scores) != len(responses):
-        raise InputError(f"reward_fn returned {len(scores)} scores for {len(responses)} responses")
+        raise InputError(f"{name} returned {len(scores)} scores for {len(responses)} responses")
     for score, response in zip(scores, responses):
         if not math.isfinite(score):
-            raise InputError(f"reward_fn returned {score} for {show(response)!r}: make it finite")
+            raise InputError(f"{name} returned {score} for {show(response)!r}: make it finite")
     return scores
 
 
@@ -1020,8 +1026,9 @@ def get_rollout_metrics(rows):
         ended=sum(row.info["ended"] for row in rows) / n, explained_variance=1 - unexplained,
         entropy=-batch.old_action_log_probs[mask].mean())  # unbiased: this policy drew the sample
     if gold_fn is not None:
-        items = [row.info["item"]["prompt"] for row in rows]
-        metrics["gold"] = sum(gold_fn(items, [row.info["response"] for row in rows])) / n
+        prompts = [row.info["item"]["prompt"] for row in rows]
+        responses = [row.info["response"] for row in rows]
+        metrics["gold"] = sum(check_scores(gold_fn(prompts, responses), responses, "gold_fn")) / n
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -1130,7 +1137,7 @@ class Run:
             self.save_actor("stopped")
             raise InputError(
                 f"rollout {self.state.rollout + 1}, optimizer step {len(self.steps) + 1}: {error}; "
-                f"lower actor_lr or critic_lr (the actor before it: {run_folder()}/stopped)") from None
+                f"lower actor_lr or critic_lr; {run_folder()}/stopped has the actor") from None
         self.now, self.seconds[name] = None, time.perf_counter() - start
 
     def finish_rollout(self, rows):
@@ -1311,7 +1318,7 @@ def find_checkpoint():
         with open(os.path.join(path, "manifest.json")) as file:
             hashes = json.load(file)
         damaged = [name for name in hashes if flush(os.path.join(path, name)) != hashes[name]]
-    except (OSError, ValueError) as error:
+    except Exception as error:
         damaged = [str(error)]
     if damaged:
         older = [other for other in list_checkpoints() if other < path]
@@ -1322,7 +1329,10 @@ def find_checkpoint():
 
 def load_checkpoint(path, run):
     """Puts everything back. InputError: a constant that cannot change was changed."""
-    rest = torch.load(os.path.join(path, "rest.pt"), weights_only=True)
+    try:
+        rest = torch.load(os.path.join(path, "rest.pt"), weights_only=True)  # runs no pickle
+    except Exception:
+        raise InputError(f"resume: {path} holds no state that can be read: name another") from None
     for name, old in rest["constants"].items():
         new = get_constants().get(name)
         if new != old and name in ("actor_name", "critic_name", "lora_rank"):
@@ -1336,7 +1346,7 @@ def load_checkpoint(path, run):
         safetensors.torch.load_model(run.models[1], os.path.join(path, "critic.safetensors"))
         for optimizer, state in zip(run.optimizers, rest["optimizers"]):
             optimizer.load_state_dict(state)
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"resume: {path} does not fit these models: {reason}") from None
     run.state = State(**rest["state"])
@@ -1395,8 +1405,8 @@ def check_forward(run, check):
     off = largest(here[0] - batch.old_action_log_probs)
     check("the ratio is 1 at step 0", off < exact, f"its log is at most {off:.1e}",
           "The actor's forward does not repeat itself: is dropout on?")
-    off = batch.kl.abs().max().item()
-    check("KL to the reference is 0 at step 0", run.state.rollout or off < exact, f"up to {off:.1e}",
+    off, started = batch.kl.abs().max().item(), run.state.rollout > 0
+    check("KL to the reference is 0 at step 0", started or off < exact, f"up to {off:.1e}",
           "The reference is another model: load both from actor_name")
     off = compare_sampler(actor, tokenizer, prompts)
     check("sampled is what is scored", off < 1e-4, f"probabilities differ by {off:.1e}",
@@ -1405,6 +1415,11 @@ def check_forward(run, check):
     off = largest(outputs(dataclasses.replace(batch, seqs=other)) - here)
     check("what stands under padding does not count", off < exact, f"it changes {off:.1e}",
           "The model ignores attention_mask: it cannot be trained in batches")
+    future = batch.seqs.clone()
+    future[:, -batch.action_mask.shape[1]:] = batch.seqs[:, :1]  # other actions
+    off = (outputs(dataclasses.replace(batch, seqs=future)) - here)[1, :, 0].abs().max().item()
+    check("V(s_0) does not see the response", off < exact, f"it changes by {off:.1e}",
+          "The critic is no decoder: set critic_name to one, or to None")
     alone = torch.zeros_like(here)
     for i, row in enumerate(rows):
         alone[:, i, :len(row.action_mask)] = outputs(collate_fn([row]))[:, 0]
@@ -1756,10 +1771,19 @@ def check_constants():
             one_of("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"), "loss_agg"),
         "a folder or a hub id": (
             lambda value: isinstance(value, str) and value, "actor_name reward_name"),
+        "None, a folder or a hub id": (
+            lambda value: value is None or isinstance(value, str) and value, "critic_name"),
+        "a file or a list of prompts": (
+            lambda value: isinstance(value, (str, list, tuple)) and value, "prompts_file"),
+        "None, a file or a list of prompts": (
+            lambda value: value is None or isinstance(value, (str, list, tuple)) and value,
+            "eval_prompts_file"),
+        "'cpu', or 'cuda' where there is one": (
+            one_of("cpu", *["cuda"] * torch.cuda.is_available()), "device"),
         "letters, digits and . _ -": (
             lambda value: isinstance(value, str) and re.fullmatch(r"\w[\w.-]*", value), "run_name"),
         "None, 'latest' or the folder of a checkpoint": (
-            lambda value: value is None or value == "latest" or os.path.isdir(str(value)), "resume"),
+            lambda value: value in (None, "latest") or os.path.isdir(str(value)), "resume"),
     }
     for what, (allowed, names) in kinds.items():
         for name in names.split():
@@ -1767,8 +1791,8 @@ def check_constants():
                 raise InputError(f"{name} = {globals()[name]!r}: use {what}")
     rows = rollout_batch_size * n_samples_per_prompt
     for wrong, sentence in (
-            (rows % train_batch_size, f"train_batch_size = {train_batch_size} must divide the {rows} "
-             "rows of a rollout (rollout_batch_size * n_samples_per_prompt)"),
+            (rows % train_batch_size, f"train_batch_size = {train_batch_size} must divide the "
+             f"{rows} rows of a rollout (rollout_batch_size * n_samples_per_prompt)"),
             (train_batch_size % min(micro_train_batch_size, train_batch_size),
              f"micro_train_batch_size = {micro_train_batch_size} must divide train_batch_size"),
             (policy_loss == "ppo1" and target_kl is None, "policy_loss = 'ppo1' needs a target_kl"),
@@ -1807,6 +1831,9 @@ def main():
     check_constants()
     torch.manual_seed(seed)
     transformers.utils.logging.disable_progress_bar()
+    for source in (prompts_file, eval_prompts_file):  # a wrong one is told before a minute's work
+        if source and not (isinstance(source, str) and source.startswith("demo/")):
+            read_prompts(source)
     if actor_name == "demo/actor":
         if not os.path.isdir("demo"):
             build_demo("demo", seed)
@@ -1815,8 +1842,6 @@ def main():
     prompts_dataset, eval_dataset = (
         source and PromptDataset(source, actor_tokenizer, apply_chat_template, max_length)
         for source in (prompts_file, eval_prompts_file))
-    if not prompts_dataset:
-        raise InputError("prompts_file is empty: name a file, or write a list of prompts")
     if prompts_dataset.truncated:
         say(f"{prompts_dataset.truncated} of {len(prompts_dataset)} prompts are longer than "
             f"max_length = {max_length} tokens and lose their beginning")
@@ -1836,6 +1861,8 @@ def main():
     critic_model = make_critic(actor_model, reward_model)
     if critic_name is not None:
         critic_model = Critic(load_model("critic_name", critic_name).base_model).eval()
+        if critic_model.base_model.config.vocab_size < actor_model.config.vocab_size:
+            raise InputError(f"critic_name = {critic_name!r} knows fewer tokens than actor_name")
     if gradient_checkpointing:
         for model in (actor_model, critic_model.base_model):
             model.gradient_checkpointing_enable(dict(use_reentrant=False))
