@@ -1261,10 +1261,14 @@ def write_folder(path, write):
         with open(os.path.join(temporary, "manifest.json"), "w") as file:
             json.dump(hashes, file)
         flush(file.name)
-        shutil.rmtree(path, ignore_errors=True)
+        if os.path.exists(path):
+            os.rename(path, path + ".old")
         os.rename(temporary, path)
+        shutil.rmtree(path + ".old", ignore_errors=True)
     except Exception as error:  # OSError, or safetensors' and torch's own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
+        if os.path.exists(path + ".old") and not os.path.exists(path):
+            os.rename(path + ".old", path)
         say(f"  ! {path} was not written ({error}); what was saved before is whole")
         return False
     return True
@@ -1328,7 +1332,8 @@ def find_checkpoint():
 
 
 def load_checkpoint(path, run):
-    """Puts everything back. InputError: a constant that cannot change was changed."""
+    """Puts everything back, for half of Adam's state or other random numbers would be another run
+    (Trap 30). InputError: a constant that cannot change was changed."""
     try:
         rest = torch.load(os.path.join(path, "rest.pt"), weights_only=True)  # runs no pickle
     except Exception:
@@ -1349,6 +1354,9 @@ def load_checkpoint(path, run):
     except Exception as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"resume: {path} does not fit these models: {reason}") from None
+    for newer in list_checkpoints():
+        if newer > path:  # of a course that is not taken any more
+            os.rename(newer, newer + ".aside")
     run.state = State(**rest["state"])
     torch.set_rng_state(rest["torch"])
     torch.cuda.set_rng_state_all(rest["cuda"])
@@ -1370,10 +1378,15 @@ def run_self_check(run):
         if not passed:
             failed.append(name)
 
+    head = run.models[1].value_head.weight  # at 0 it would agree with everything
+    saved = head.detach().clone()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        nn.init.normal_(head)
         samples_list, rows = check_forward(run, check)
         check_update(run, samples_list, rows, check)
+    with torch.no_grad():
+        head.copy_(saved)
     for model in run.models:
         if isinstance(model, nn.Module):
             model.zero_grad(set_to_none=True)
@@ -1529,10 +1542,9 @@ def recomputing(model):
             layer.training = False
 
 
-# ---- 16. Offline demo: the two steps before PPO, small enough for a laptop ----------------------
-# A person asks for something; a reply varies in tone, in topic and in whether it gives a reason,
-# independently. Fine-tuning copies that mixture; PPO has to find the best corner of it.
-
+# ---- 16. Offline demo: the two steps before PPO, small enough for a laptop -----------------------
+# A person asks for something. A reply is helpful, plain or rude, on topic or off, with a reason or
+# without, all independently; fine-tuning copies that mixture, and PPO has to find its best corner.
 ASKS = ["suggest a {} for {} .", "which {} fits {} ?", "i need a {} for {} .", "any {} for {} ?",
         "name a good {} for {} .", "what {} is best for {} ?"]
 OCCASIONS = ["tonight", "sunday", "two people", "my sister", "my birthday", "old friends",
@@ -1552,84 +1564,74 @@ TONES = {  # tone: (how a reply opens, how it closes)
 
 
 @functools.cache
-def make_prompts():
-    """{prompt: its topic}, all that a person can ask."""
-    return {ask.format(topic, occasion): topic
-            for ask, topic, occasion in itertools.product(ASKS, TOPICS, OCCASIONS)}
-
-
-@functools.cache
-def make_replies():
-    """{(tone, topic, with a reason): its texts}, all that can be answered. The lists have one
-    order, reasons outermost, so equal places (modulo length) of two lists have equal wording."""
+def make_grammar():
+    """All that can be said: {prompt: topic}, {(topic, tone, reasoned): replies} and, the way back,
+    {reply: (topic, tone, reasoned)}. A text is a sentence of the grammar if it is a key."""
+    prompts = {ask.format(topic, occasion): topic
+               for ask, topic, occasion in itertools.product(ASKS, TOPICS, OCCASIONS)}
     replies = {}
-    for tone, topic, reasoned in itertools.product(TONES, TOPICS, (False, True)):
-        (openers, closers), (items, reasons) = TONES[tone], TOPICS[topic]
+    for topic, tone, reasoned in itertools.product(TOPICS, TONES, (False, True)):
+        (items, reasons), (openers, closers) = TOPICS[topic], TONES[tone]
         reasons = [f" because {reason}" for reason in reasons] if reasoned else [""]
+        # Reasons vary slowest: equal places (modulo length) in two lists have equal wording.
         parts = itertools.product(reasons, openers, VERBS, items, closers)
-        replies[tone, topic, reasoned] = [f"{o} {v} {i}{r} {c}" for r, o, v, i, c in parts]
-    return replies
-
-
-@functools.cache
-def parse_replies():
-    """{text: (tone, topic, with a reason)}. So a text is a sentence of the grammar if in here."""
-    return {text: aspects for aspects, texts in make_replies().items() for text in texts}
+        replies[topic, tone, reasoned] = [f"{o} {v} {i}{r} {c}" for r, o, v, i, c in parts]
+    return prompts, replies, {text: key for key, texts in replies.items() for text in texts}
 
 
 def gold(prompts, responses, **columns):
-    """The hidden rule, in [0, 1]: on topic, helpful and with a reason, a third each. A text that
-    the grammar cannot make is worth 0. It labels pairs and judges the end; PPO never sees it."""
+    """The hidden rule, in [0, 1]: on topic, helpful, with a reason, a third each; a text that the
+    grammar cannot make is worth 0. It labels the pairs and judges the end; PPO never sees it."""
+    asked, _, said = make_grammar()
     scores = []
     for prompt, response in zip(prompts, responses):
-        tone, topic, reasoned = parse_replies().get(response.strip(), (None, None, None))
-        on_topic = topic == make_prompts().get(prompt.strip(), "")
-        manners = {"helpful": 1.0, "plain": 0.5}.get(tone, 0.0)
-        scores.append((on_topic + manners + reasoned) / 3 if tone else 0.0)
+        topic, tone, reasoned = said.get(response.strip(), (None, None, False))
+        on_topic = topic is not None and topic == asked.get(prompt.strip())
+        tone_score = {"helpful": 1.0, "plain": 0.5}.get(tone, 0.0)
+        scores.append((on_topic + tone_score + reasoned) / 3)
     return scores
 
 
 def draw_aspects(prompt, rng):
-    """What a reply of the fine-tuning data is like: about 4 in 100 are as good as can be."""
-    topic = make_prompts()[prompt]
+    """(topic, tone, reasoned) of a reply for fine-tuning; 4 in 100 are as good as can be."""
+    topic = make_grammar()[0][prompt]
     if rng.random() < 0.5:
         topic = rng.choice([other for other in TOPICS if other != topic])
-    return rng.choices(list(TONES), [2, 4, 4])[0], topic, rng.random() < 0.4
+    return topic, rng.choices(list(TONES), [2, 4, 4])[0], rng.random() < 0.4
 
 
-def draw_pair(prompt, rng):
-    """Two replies to one prompt, the better one first. Most pairs differ in one aspect alone:
-    nothing else then explains the preference, which teaches faster, topic (the hardest) most."""
+def draw_pair(prompt, rng, differ):
+    """(chosen, rejected) replies to a prompt. They differ in one aspect of `differ` alone (0 topic,
+    1 tone, 2 reason; None: in any), so that nothing else can explain the preference."""
     while True:
         first, second = draw_aspects(prompt, rng), draw_aspects(prompt, rng)
-        aspect = rng.choices([0, 1, 2, None], [2, 4, 1, 2])[0]
+        aspect = rng.choice(differ)
         if aspect is not None:
             second = (*first[:aspect], second[aspect], *first[aspect + 1:])
-        place = rng.randrange(10 ** 6)
-        pair = [texts[place % len(texts)] for texts in map(make_replies().get, (first, second))]
-        worse, better = sorted(zip(gold([prompt] * 2, pair), pair))
-        if worse[0] < better[0]:  # a tie tells nothing
-            return better[1], worse[1]
+        lists, place = [make_grammar()[1][key] for key in (first, second)], rng.randrange(10 ** 6)
+        pair = [texts[place % len(texts)] for texts in lists]
+        (low, rejected), (high, chosen) = sorted(zip(gold([prompt] * 2, pair), pair))
+        if low < high:  # two that are equally good teach nothing
+            return chosen, rejected
 
 
 def make_demo_tokenizer():
-    """One token per word, five special tokens, a chat template, no start token."""
-    words = sorted({word for text in [*make_prompts(), *parse_replies()] for word in text.split()})
-    vocab = {word: i for i, word in enumerate(["<pad>", "<eos>", "<user>", "<bot>", "<unk>", *words])}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-        additional_special_tokens=["<user>", "<bot>"], clean_up_tokenization_spaces=False)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'user' %}<user> {{ m.content }} "
-        "{% else %}<bot> {{ m.content }} <eos>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<bot> {% endif %}")
-    return tokenizer
+    """One token per word, no start token, and a chat template like those of real models."""
+    prompts, _, said = make_grammar()
+    words = sorted({word for text in [*prompts, *said] for word in text.split()})
+    special = ["<pad>", "<eos>", "<user>", "<bot>", "<unk>"]
+    vocab = {word: i for i, word in enumerate(special + words)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        additional_special_tokens=["<user>", "<bot>"], clean_up_tokenization_spaces=False,
+        chat_template="{% for m in messages %}{% if m.role == 'user' %}<user> {{ m.content }} "
+                      "{% else %}<bot> {{ m.content }} <eos>{% endif %}{% endfor %}"
+                      "{% if add_generation_prompt %}<bot> {% endif %}")
 
 
 def encode_dialogues(tokenizer, prompts, replies):
-    """Whole dialogues, right-padded, through the chat template that PPO will use too."""
     chats = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
              for prompt, reply in zip(prompts, replies)]
     return tokenizer(tokenizer.apply_chat_template(chats, tokenize=False), padding=True,
@@ -1638,70 +1640,68 @@ def encode_dialogues(tokenizer, prompts, replies):
 
 def fit(model, compute_loss, steps, lr):
     """AdamW, the rate up over a tenth of the steps, then down to 0 as a cosine. -> last loss"""
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1,
-                                                   cycle_momentum=False)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps,
+                                                   pct_start=0.1, cycle_momentum=False)
     for _ in range(steps):
+        optimizer.zero_grad()
         loss = compute_loss()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        optimizer.zero_grad()
     return loss.item()
 
 
 def fit_actor(tokenizer, prompts, rng, steps=360, batch=32):
-    """Supervised fine-tuning, from scratch, on the replies of the grammar. -> model, loss"""
+    """Supervised fine-tuning, from scratch, on replies of the grammar. -> model, last loss"""
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
-        initializer_range=0.05, num_labels=1, bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id))
-    # A wrong word in 300 spoils a reply in 30. Larger logits from the start let so few steps
-    # push the words that cannot follow far enough down (3% spoilt replies become 1%).
+        initializer_range=0.05, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id))
+    # One wrong word in 300 spoils a reply in 30. Large logits from the start let few steps push
+    # the words that cannot follow far down: 3% spoilt replies become 1.5%.
     nn.init.constant_(model.model.norm.weight, 4.0)
 
     def compute_loss():
         asked = rng.choices(prompts, k=batch)
-        replies = [rng.choice(make_replies()[draw_aspects(prompt, rng)]) for prompt in asked]
+        replies = [rng.choice(make_grammar()[1][draw_aspects(prompt, rng)]) for prompt in asked]
         inputs = encode_dialogues(tokenizer, asked, replies)
-        bot = inputs.input_ids == tokenizer.convert_tokens_to_ids("<bot>")
-        is_reply = (bot.cumsum(1) > 0) & ~bot & (inputs.attention_mask == 1)
-        return model(**inputs, labels=inputs.input_ids.masked_fill(~is_reply, -100)).loss
+        is_bot = inputs.input_ids == tokenizer.convert_tokens_to_ids("<bot>")
+        learned = (is_bot.cumsum(1) > 0) & ~is_bot & inputs.attention_mask.bool()  # the reply
+        return model(**inputs, labels=inputs.input_ids.masked_fill(~learned, -100)).loss
 
     return model, fit(model, compute_loss, steps, lr=5e-3)
 
 
 def compute_reward_loss(chosen, rejected):
-    """Eq. 12: loss = -mean log sigmoid(r(chosen) - r(rejected)); two (B,) -> scalar."""
+    """Eq. 12: loss = -mean log sigmoid(r(chosen) - r(rejected)). (B,), (B,) -> scalar"""
     return -F.logsigmoid(chosen - rejected).mean()
 
 
-def fit_reward(tokenizer, actor_model, prompts, rng, steps=120, batch=32):
-    """A reward model from pairs, on the fine-tuned model's body, which knows the words already.
-    -> model"""
-    model = transformers.LlamaForSequenceClassification(actor_model.config)
+def fit_reward(tokenizer, actor_model, prompts, eval_prompts, rng, batch=32):
+    """A reward model from pairs, on the fine-tuned body. -> model, accuracy on held-out pairs"""
+    config = transformers.LlamaConfig(**{**actor_model.config.to_dict(), "id2label": {0: "score"}})
+    model = transformers.LlamaForSequenceClassification(config)
     model.model.load_state_dict(actor_model.model.state_dict())
     nn.init.zeros_(model.score.weight)
 
-    def compute_loss():
+    def score_pairs(prompts, differ, batch):
         asked = rng.choices(prompts, k=batch)
-        chosen, rejected = zip(*(draw_pair(prompt, rng) for prompt in asked))
+        chosen, rejected = zip(*(draw_pair(prompt, rng, differ) for prompt in asked))
         inputs = encode_dialogues(tokenizer, asked + asked, chosen + rejected)
-        return compute_reward_loss(*model(**inputs).logits.squeeze(-1).chunk(2))
+        return model(**inputs).logits.squeeze(-1).chunk(2)
 
-    fit(model, compute_loss, steps, lr=2e-3)
-    return model
-
-
-@torch.no_grad()
-def compute_pair_accuracy(tokenizer, model, prompts, rng, n_pairs=256):
-    asked = rng.choices(prompts, k=n_pairs)
-    chosen, rejected = zip(*(draw_pair(prompt, rng) for prompt in asked))
-    scores = model(**encode_dialogues(tokenizer, asked + asked, chosen + rejected)).logits
-    better, worse = scores.squeeze(-1).chunk(2)
-    return (better > worse).float().mean().item()
+    # Topic first, alone: it is the one aspect that no word of the reply gives away, and beside the
+    # two easy ones its gradient drowns (120 mixed steps leave it at chance, 40 alone reach 100%).
+    for differ, steps in ([0], 40), ([0, 0, 1, 2, None], 100):
+        fit(model, lambda: compute_reward_loss(*score_pairs(prompts, differ, batch)), steps, 2e-3)
+    with torch.no_grad():
+        chosen, rejected = score_pairs(eval_prompts, [None], 512)
+        # Pairs fix differences only, not the unit. With a spread of 1, kl_coef means something.
+        model.score.weight /= torch.cat([chosen, rejected]).std()
+    return model, (chosen > rejected).float().mean().item()
 
 
 def build_demo(folder, seed):
@@ -1710,22 +1710,22 @@ def build_demo(folder, seed):
     shutil.rmtree(unfinished, ignore_errors=True)
     os.makedirs(unfinished)
     rng, tokenizer, start = random.Random(seed), make_demo_tokenizer(), time.time()
-    prompts = rng.sample(list(make_prompts()), k=len(make_prompts()))
-    prompts, eval_prompts = prompts[64:], prompts[:64]
-    for name, lines in ("prompts", prompts), ("eval_prompts", eval_prompts):
-        with open(os.path.join(unfinished, f"{name}.txt"), "w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
+    prompts = rng.sample(list(make_grammar()[0]), k=len(make_grammar()[0]))
+    eval_prompts, prompts = prompts[:64], prompts[64:]
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
         torch.default_generator.manual_seed(seed)
         actor_model, loss = fit_actor(tokenizer, prompts, rng)
-        print(f"fine-tuning    {time.time() - start:5.1f} s   loss {loss:.3f} per token")
+        print(f"supervised fine-tuning {time.time() - start:6.1f} s   loss {loss:.3f} per token")
         start = time.time()
-        reward_model = fit_reward(tokenizer, actor_model, prompts, rng)
-        accuracy = compute_pair_accuracy(tokenizer, reward_model, eval_prompts, rng)
-        print(f"reward model   {time.time() - start:5.1f} s   {accuracy:.0%} of held-out pairs")
+        reward_model, accuracy = fit_reward(tokenizer, actor_model, prompts, eval_prompts, rng)
+        print(f"reward model           {time.time() - start:6.1f} s   prefers as people do in "
+              f"{accuracy:.1%} of held-out pairs")
     for name, model in ("actor", actor_model), ("reward", reward_model):
         model.save_pretrained(os.path.join(unfinished, name))
         tokenizer.save_pretrained(os.path.join(unfinished, name))
+    for name, lines in ("prompts", prompts), ("eval_prompts", eval_prompts):
+        with open(os.path.join(unfinished, f"{name}.txt"), "w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
     os.rename(unfinished, folder)
 
 
@@ -1734,61 +1734,53 @@ def build_demo(folder, seed):
 
 def check_constants():
     """InputError for the first constant that cannot be, with what can."""
-    def is_number(value, low, open_end=False):
-        return (type(value) in (int, float) and math.isfinite(value)
-                and (value > low if open_end else value >= low))
+    def whole(low):
+        return lambda x: type(x) is int and x >= low
 
-    def one_of(*choices):
-        return lambda value: value in choices
+    def above(low):
+        return lambda x: type(x) in (int, float) and low < x < math.inf
 
-    kinds = {  # what is allowed, for which constants
-        "a whole number from 1": (lambda value: type(value) is int and value >= 1, """
-            max_length rollout_batch_size n_samples_per_prompt micro_rollout_batch_size max_epochs
-            max_new_tokens train_batch_size micro_train_batch_size keep_checkpoints kl_horizon"""),
-        "a whole number from 0": (lambda value: type(value) is int and value >= 0, """
-            lora_rank seed warmup_steps critic_warmup eval_every save_every trace_every"""),
-        "a number above 0": (lambda value: is_number(value, 0, True), """
-            episodes temperature actor_lr critic_lr max_grad_norm clip_eps"""),
-        "a number from 0": (lambda value: is_number(value, 0), "weight_decay entropy_coef kl_coef"),
-        "a number from 0 to 1": (lambda value: is_number(value, 0) and value <= 1, "gamma lambd"),
-        "None or a number above 0": (lambda value: value is None or is_number(value, 0, True), """
-            clip_eps_high value_clip_eps huber_delta target_kl kl_coef_start kl_target
-            clip_reward"""),
-        "None or a number from 0": (
-            lambda value: value is None or is_number(value, 0), "missing_eos_penalty"),
-        "None or a number above 1": (
-            lambda value: value is None or is_number(value, 1, True), "dual_clip"),
-        "None or a function": (lambda value: value is None or callable(value), "reward_fn gold_fn"),
-        "True or False": (lambda value: type(value) is bool, """
-            gradient_checkpointing trust_remote_code apply_chat_template whiten_advantages
-            normalize_scores whiten_rewards"""),
-        "'constant', 'linear' or 'cosine'": (one_of("constant", "linear", "cosine"), "lr_schedule"),
-        "'clip' or 'ppo1'": (one_of("clip", "ppo1"), "policy_loss"),
-        "'terminal' or 'bootstrap'": (one_of("terminal", "bootstrap"), "truncated"),
-        "'reward' or 'loss'": (one_of("reward", "loss"), "kl_in"),
-        "'stop', 'warn' or 'off'": (one_of("stop", "warn", "off"), "self_check"),
-        "'token-mean', 'seq-mean-token-mean' or 'seq-mean-token-sum'": (
-            one_of("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"), "loss_agg"),
-        "a folder or a hub id": (
-            lambda value: isinstance(value, str) and value, "actor_name reward_name"),
-        "None, a folder or a hub id": (
-            lambda value: value is None or isinstance(value, str) and value, "critic_name"),
-        "a file or a list of prompts": (
-            lambda value: isinstance(value, (str, list, tuple)) and value, "prompts_file"),
-        "None, a file or a list of prompts": (
-            lambda value: value is None or isinstance(value, (str, list, tuple)) and value,
-            "eval_prompts_file"),
-        "'cpu', or 'cuda' where there is one": (
-            one_of("cpu", *["cuda"] * torch.cuda.is_available()), "device"),
-        "letters, digits and . _ -": (
-            lambda value: isinstance(value, str) and re.fullmatch(r"\w[\w.-]*", value), "run_name"),
-        "None, 'latest' or the folder of a checkpoint": (
-            lambda value: value in (None, "latest") or os.path.isdir(str(value)), "resume"),
+    def none_or(rule):
+        return lambda x: x is None or rule(x)
+
+    text, prompts = lambda x: isinstance(x, str) and x, lambda x: isinstance(x, (str, list)) and x
+    rules = {  # constants: rule, in words
+        "max_length rollout_batch_size n_samples_per_prompt micro_rollout_batch_size max_new_tokens "
+        "max_epochs train_batch_size micro_train_batch_size keep_checkpoints kl_horizon":
+            (whole(1), "a whole number from 1"),
+        "lora_rank seed warmup_steps critic_warmup eval_every save_every trace_every":
+            (whole(0), "a whole number from 0"),
+        "episodes temperature actor_lr critic_lr max_grad_norm clip_eps":
+            (above(0), "a number above 0"),
+        "weight_decay entropy_coef kl_coef":
+            (lambda x: x == 0 or above(0)(x), "a number from 0"),
+        "gamma lambd": (lambda x: x == 0 or above(0)(x) and x <= 1, "a number from 0 to 1"),
+        "clip_eps_high value_clip_eps huber_delta target_kl kl_coef_start kl_target clip_reward "
+        "missing_eos_penalty": (none_or(above(0)), "None or a number above 0"),
+        "dual_clip": (none_or(above(1)), "None or a number above 1"),
+        "reward_fn gold_fn": (none_or(callable), "None or a function"),
+        "gradient_checkpointing trust_remote_code apply_chat_template whiten_advantages "
+        "normalize_scores whiten_rewards": (lambda x: type(x) is bool, "True or False"),
+        "lr_schedule": ("constant", "linear", "cosine"), "policy_loss": ("clip", "ppo1"),
+        "truncated": ("terminal", "bootstrap"), "kl_in": ("reward", "loss"),
+        "self_check": ("stop", "warn", "off"),
+        "loss_agg": ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"),
+        "actor_name reward_name": (text, "a folder or a hub id"),
+        "critic_name": (none_or(text), "None, a folder or a hub id"),
+        "prompts_file": (prompts, "a file or a list of prompts"),
+        "eval_prompts_file": (none_or(prompts), "None, a file or a list of prompts"),
+        "device": ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",),
+        "run_name": (lambda x: text(x) and re.fullmatch(r"\w[\w.-]*", x), "letters, digits, . _ -"),
+        "resume": (none_or(lambda x: x == "latest" or text(x) and os.path.isdir(x)),
+                   "None, 'latest' or the folder of a checkpoint"),
     }
-    for what, (allowed, names) in kinds.items():
+    for names, (rule, *words) in rules.items():
         for name in names.split():
-            if not allowed(globals()[name]):
-                raise InputError(f"{name} = {globals()[name]!r}: use {what}")
+            value, right = globals()[name], rule
+            if isinstance(rule, str):
+                words, right = [" or ".join(map(repr, rules[names]))], rules[names].__contains__
+            if not right(value):
+                raise InputError(f"{name} = {value!r}: use {words[0]}")
     rows = rollout_batch_size * n_samples_per_prompt
     for wrong, sentence in (
             (rows % train_batch_size, f"train_batch_size = {train_batch_size} must divide the "
@@ -1863,9 +1855,9 @@ def main():
         critic_model = Critic(load_model("critic_name", critic_name).base_model).eval()
         if critic_model.base_model.config.vocab_size < actor_model.config.vocab_size:
             raise InputError(f"critic_name = {critic_name!r} knows fewer tokens than actor_name")
-    if gradient_checkpointing:
+    if gradient_checkpointing:  # `recomputing` switches it on where it is wanted
         for model in (actor_model, critic_model.base_model):
-            model.gradient_checkpointing_enable(dict(use_reentrant=False))
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     models = (actor_model, critic_model, reward_model, ref_model.requires_grad_(False))
     for name, model in zip(("actor", "critic", "reward", "ref"), models):
         show_model(name, model)
