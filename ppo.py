@@ -1071,6 +1071,8 @@ class Run:
         path = find_checkpoint()
         if path:
             load_checkpoint(path, self)
+        for half in glob.glob(glob.escape(run_folder()) + "/**/*.tmp", recursive=True):
+            shutil.rmtree(half)  # of a run that was killed while it wrote
         if self_check != "off":
             run_self_check(self)
         self.before = self.evaluate(self.models[3])  # the reference: what the actor was
@@ -1092,9 +1094,13 @@ class Run:
         """Is there another rollout? Remembers its start, in case that it is dropped."""
         self.snapshot = take_snapshot(self.state)
         if self.stopping and self.state.rollout < self.rollouts:
-            save_checkpoint(self)
-            raise Stopped
+            self.stop()
         return self.state.rollout < self.rollouts
+
+    def stop(self):
+        self.release_signals()
+        saved = save_checkpoint(self)
+        raise Stopped("stopped and saved: set resume = 'latest' to go on" if saved else "stopped")
 
     def fraction(self):
         return self.state.rollout / self.rollouts
@@ -1131,7 +1137,7 @@ class Run:
         except BaseException as error:
             self.release_signals()
             if isinstance(error, Stopped):
-                save_checkpoint(self)
+                self.stop()
             if not isinstance(error, FloatingPointError):
                 raise
             self.save_actor("stopped")
@@ -1158,9 +1164,11 @@ class Run:
         self.log(metrics)
         self.steps, self.seconds = [], {}
         state.rollout += 1
-        if eval_every and state.rollout % eval_every == 0:
-            self.log_evaluation(self.evaluate(self.models[0]))
-        if save_every and (state.rollout % save_every == 0 or state.rollout == self.rollouts):
+        last = state.rollout == self.rollouts
+        if last or eval_every and state.rollout % eval_every == 0:
+            self.after = self.evaluate(self.models[0])
+            self.log_evaluation(self.after)
+        if save_every and (last or state.rollout % save_every == 0):
             self.snapshot = take_snapshot(state)
             save_checkpoint(self)
 
@@ -1168,12 +1176,13 @@ class Run:
         """A console line, all tags, advice where one is outside its range for the third time."""
         done = self.state.rollout + 1
         left = (time.perf_counter() - self.started) / (done - self.first) * (self.rollouts - done)
+        left = f"{int(left) // 60}:{int(left) % 60:02d}"
         clip = metrics.get("clip_upper", 0.0) + metrics.get("clip_lower", 0.0)
         episode = 1 + self.state.rollout * rollout_batch_size // len(self.prompts_dataset)
         say(f"ep {episode:2d} rollout {done:3d}/{self.rollouts} score {metrics['score_mean']:6.2f} "
             f"kl {metrics['ref_k1']:5.2f} loss {metrics.get('policy_loss', 0.0):6.3f} "
             f"{metrics['value_loss']:6.3f} clip {clip:.2f} len {metrics['response_length']:4.1f} "
-            f"{metrics['tokens_per_second']:5.0f} tok/s {left // 60:.0f}:{left % 60:02.0f} left")
+            f"{metrics['tokens_per_second']:5.0f} tok/s {left} left")
         for tag, (what, low, high, advice) in METRICS.items():
             value = metrics.get(tag.split("/")[-1])
             if value is None:
@@ -1222,9 +1231,8 @@ class Run:
             self.models[0], self.sampling["actor_tokenizer"], folder))
 
     def finish(self):
-        self.after = self.evaluate(self.models[0])
-        self.log_evaluation(self.after)
         self.release_signals()
+        self.after = self.after or self.evaluate(self.models[0])  # or: resumed at its end
         return self
 
 
@@ -1236,7 +1244,10 @@ def run_folder():
 
 
 def get_constants():
-    return {name: getattr(globals()[name], "__name__", globals()[name]) for name in CONSTANTS}
+    """Their values, functions by their names."""
+    values = {name: globals()[name] for name in CONSTANTS}
+    return {name: getattr(value, "__name__", type(value).__name__) if callable(value) else value
+            for name, value in values.items()}
 
 
 def take_snapshot(state):
@@ -1262,6 +1273,7 @@ def write_folder(path, write):
             json.dump(hashes, file)
         flush(file.name)
         if os.path.exists(path):
+            shutil.rmtree(path + ".old", ignore_errors=True)
             os.rename(path, path + ".old")
         os.rename(temporary, path)
         shutil.rmtree(path + ".old", ignore_errors=True)
@@ -1289,19 +1301,22 @@ def save_model(model, tokenizer, folder):
 def save_checkpoint(run):
     path = os.path.join(run_folder(), "checkpoints",
                         f"rollout-{run.snapshot['state']['rollout']:06d}")
-    if run.writer:
-        run.writer.flush()  # a run that goes on from here will not write these points again
+    if os.path.exists(path):  # of this very state: newer ones are put aside on resume
+        return True
 
     def write(folder):
+        if run.writer:
+            run.writer.flush()  # a run that goes on from here will not write these points again
         save_model(run.models[0], run.sampling["actor_tokenizer"], os.path.join(folder, "actor"))
         safetensors.torch.save_model(run.models[1], os.path.join(folder, "critic.safetensors"))
         optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
         torch.save(dict(run.snapshot, constants=get_constants(), optimizers=optimizers),
                    os.path.join(folder, "rest.pt"))
 
-    if write_folder(path, write):
-        for old in list_checkpoints()[:-keep_checkpoints]:
-            shutil.rmtree(old)
+    saved = write_folder(path, write)
+    for old in list_checkpoints()[:-keep_checkpoints]:
+        shutil.rmtree(old)
+    return saved
 
 
 def list_checkpoints():
@@ -1325,7 +1340,8 @@ def find_checkpoint():
     except Exception as error:
         damaged = [str(error)]
     if damaged:
-        older = [other for other in list_checkpoints() if other < path]
+        name = os.path.basename(path)
+        older = [other for other in list_checkpoints() if os.path.basename(other) < name]
         instead = repr(older[-1]) if older else "None to start anew"
         raise InputError(f"checkpoint {path} is damaged ({damaged[0]}): set resume = {instead}")
     return path
@@ -1355,7 +1371,8 @@ def load_checkpoint(path, run):
         reason = str(error).split("\n")[0]
         raise InputError(f"resume: {path} does not fit these models: {reason}") from None
     for newer in list_checkpoints():
-        if newer > path:  # of a course that is not taken any more
+        if os.path.basename(newer) > os.path.basename(path):  # of a course not taken any more
+            shutil.rmtree(newer + ".aside", ignore_errors=True)
             os.rename(newer, newer + ".aside")
     run.state = State(**rest["state"])
     torch.set_rng_state(rest["torch"])
@@ -1745,8 +1762,8 @@ def check_constants():
 
     text, prompts = lambda x: isinstance(x, str) and x, lambda x: isinstance(x, (str, list)) and x
     rules = {  # constants: rule, in words
-        "max_length rollout_batch_size n_samples_per_prompt micro_rollout_batch_size max_new_tokens "
-        "max_epochs train_batch_size micro_train_batch_size keep_checkpoints kl_horizon":
+        "max_length rollout_batch_size n_samples_per_prompt micro_rollout_batch_size max_epochs "
+        "max_new_tokens train_batch_size micro_train_batch_size keep_checkpoints kl_horizon":
             (whole(1), "a whole number from 1"),
         "lora_rank seed warmup_steps critic_warmup eval_every save_every trace_every":
             (whole(0), "a whole number from 0"),
@@ -1881,7 +1898,7 @@ if __name__ == "__main__":
         main()
     except InputError as error:
         sys.exit(f"ppo.py: {error}")
-    except Stopped:
-        sys.exit("stopped and saved: set resume = 'latest' to go on")
+    except Stopped as error:
+        sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("stopped")
