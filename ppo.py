@@ -69,7 +69,7 @@ apply_chat_template = True      # wrap what actor and reward model read in their
 max_length = 32                 # prompt tokens; longer prompts lose their beginning, and it is said
 
 # Rollout: rollout_batch_size * n_samples_per_prompt rows. More rows, less noise, slower.
-episodes = 10                   # passes over the prompts
+episodes = 6                    # passes over the prompts
 rollout_batch_size = 64         # prompts
 n_samples_per_prompt = 2        # responses to each: more tell luck from skill
 micro_rollout_batch_size = 128  # rows per `generate`: as many as fit
@@ -82,9 +82,9 @@ truncated = "terminal"          # a response cut at max_new_tokens is over; "boo
 max_epochs = 4                  # passes over a rollout: more learn faster until the clip stops them
 train_batch_size = 64           # rows per optimizer step; divides the rows of a rollout
 micro_train_batch_size = 64     # rows per forward and backward, and for scoring: the memory knob
-actor_lr = 1e-3                 # 5e-7 to 1e-5 for real models
+actor_lr = 5e-4                 # 5e-7 to 1e-5 for real models
 critic_lr = 1e-3                # 5e-6 to 1e-5 for real models
-lr_schedule = "constant"        # or "linear", "cosine" down to 0, each after the warm-up
+lr_schedule = "linear"          # down to 0; or "cosine", "constant"; each after the warm-up
 warmup_steps = 0                # optimizer steps in which the rates rise from 0
 weight_decay = 0.0
 max_grad_norm = 1.0             # of each trained model (Trap 27)
