@@ -127,13 +127,10 @@ trace_every = 20                # rollouts between two responses shown token by 
 CONSTANTS = [name for name, value in list(globals().items())
              if not name.startswith("_") and isinstance(value, (int, float, str, type(None)))]
 
-
 class InputError(ValueError):
     """Something that the user can mend: main prints it as one sentence, without a traceback."""
 
-
 # ---- 1. Prompts --------------------------------------------------------------------------------
-
 
 class PromptDataset(torch.utils.data.Dataset):
     """Items are dicts: `prompt` (a text or messages), `text` as the actor reads it, other columns.
@@ -162,7 +159,6 @@ class PromptDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return self.items[index]
 
-
 # ---- 2. Four models ----------------------------------------------------------------------------
 #
 # How the tensors lie. One row with P = 4 (one pad) and T = 4, ended after three tokens:
@@ -178,19 +174,16 @@ class PromptDataset(torch.utils.data.Dataset):
 # Actor and reference are loaded twice from actor_name, the reward model from reward_name, in fp32
 # with dropout off (load_model in section 8); the critic gets a body of its own.
 
-
 def get_position_ids(attention_mask):
     """(B, L) -> (B, L), counted from the first real token. Without them left padding shifts learned
     positions (GPT-2: log-probs off by 0.2 to 5, Trap 11); rotary ones are right by luck."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
 
 def autocast(model):
     """bf16 for the products on a GPU, over weights that stay fp32: in bf16 Adam's small steps would
     be rounded away (Trap 17)."""
     kind = next(model.parameters()).device.type
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda")
-
 
 def compute_log_probs(model, seqs, attention_mask, num_actions, temperature=1.0,
                       with_entropy=False):
@@ -214,7 +207,6 @@ def compute_log_probs(model, seqs, attention_mask, num_actions, temperature=1.0,
         return log_probs
     all_log_probs = logits.log_softmax(-1)
     return log_probs, -(all_log_probs.exp() * all_log_probs).sum(-1)
-
 
 class Critic(nn.Module):
     """V(s_t): a decoder's body and one number per position, e.g. Critic(actor_model.base_model).
@@ -242,7 +234,6 @@ class Critic(nn.Module):
         hidden = hidden[:, -(num_actions + with_last):].to(self.value_head.weight.dtype)
         return self.value_head(hidden).squeeze(-1)
 
-
 def make_critic(actor_model, reward_model):
     """The critic starts from the reward model's body, which knows good from bad, where it reads the
     same tokens (a decoder of one type, vocabulary and length); else from the actor's."""
@@ -253,9 +244,7 @@ def make_critic(actor_model, reward_model):
     fits = kind(actor_model.config) == kind(getattr(reward_model, "config", None))
     return Critic((reward_model if fits else actor_model).base_model).eval()
 
-
 # ---- 3. Two losses -----------------------------------------------------------------------------
-
 
 def compute_policy_loss(log_probs, old_log_probs, advantages, action_mask=None, clip_eps=0.2,
                         clip_eps_high=None, dual_clip=None, loss_agg="token-mean",
@@ -290,7 +279,6 @@ def compute_policy_loss(log_probs, old_log_probs, advantages, action_mask=None, 
     count = mask.sum() if loss_agg == "token-mean" else mask.any(-1).sum()
     return losses.sum() / (count.clamp(min=1) if denominator is None else denominator)
 
-
 def compute_value_loss(values, old_values, returns, action_mask=None, clip_eps=None,
                        huber_delta=None, loss_agg="token-mean", denominator=None):
     """Eq. 6: e = V - return; loss = e^2 / 2, beyond |e| = d = huber_delta: d (|e| - d / 2).
@@ -319,9 +307,7 @@ def compute_value_loss(values, old_values, returns, action_mask=None, clip_eps=N
     count = mask.sum() if loss_agg == "token-mean" else mask.any(-1).sum()
     return losses.sum() / (count.clamp(min=1) if denominator is None else denominator)
 
-
 # ---- 4. What the losses need: KL, rewards, advantages and returns ------------------------------
-
 
 def compute_approx_kl(log_probs, ref_log_probs, action_mask=None, kl_estimator="k1"):
     """Eq. 7: k1 = log pi - log pi_ref, k2 = k1^2 / 2, k3 = exp(-k1) - 1 + k1.
@@ -341,7 +327,6 @@ def compute_approx_kl(log_probs, ref_log_probs, action_mask=None, kl_estimator="
         return torch.expm1(-log_ratio) + log_ratio
     raise ValueError(f"kl_estimator is {kl_estimator!r}: use k1, k2 or k3")
 
-
 def compute_rewards(kl, scores, action_mask, kl_coef, clip_reward=None):
     """Eq. 8: r_t = -kl_coef kl_t; the last real token gets the score too, clamped to +-clip_reward.
 
@@ -357,7 +342,6 @@ def compute_rewards(kl, scores, action_mask, kl_coef, clip_reward=None):
     last = (places * mask).argmax(-1, keepdim=True)  # (B, 1)
     score = scores.to(rewards.dtype).unsqueeze(-1)  # (B, 1)
     return rewards + torch.where((places == last) & mask, score, 0.0)
-
 
 def get_advantages_and_returns(values, rewards, action_mask, gamma, lambd, last_values=None,
                                dones=None):
@@ -386,7 +370,6 @@ def get_advantages_and_returns(values, rewards, action_mask, gamma, lambd, last_
     advantages = torch.stack(advantages_reversed[::-1], dim=1).masked_fill(~mask, 0.0)
     return advantages.detach(), (advantages + values).detach()
 
-
 def whiten(values, mask, shift_mean=True):
     """Variance 1 (unbiased) and mean 0 (shift_mean=False: the mean it had) over the entries where
     the mask is 1; the others become 0. Any shape -> the same; finite also for equal entries or a
@@ -400,27 +383,22 @@ def whiten(values, mask, shift_mean=True):
     whitened = centred * (variance + 1e-8).rsqrt()
     return whitened if shift_mean else (whitened + mean).masked_fill(~mask, 0.0)
 
-
 def anneal_kl_coef(fraction, kl_coef, kl_coef_start):
     """kl_coef at a fraction 0 .. 1 of the run: geometric from kl_coef_start to kl_coef in the first
     half. A strong anchor at first keeps responses alive that turn out good later."""
     return kl_coef_start * (kl_coef / kl_coef_start) ** min(1.0, 2 * fraction)
-
 
 def adapt_kl_coef(kl_coef, kl, kl_target, rows, kl_horizon):
     """Larger where kl, nats per response, is above its target. Ziegler et al. 2019, section 2.2."""
     error = min(max(kl / kl_target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * rows / kl_horizon)
 
-
 def adapt_ppo1_beta(ppo1_beta, kl, target_kl):
     """The coefficient of PPO1's penalty, from KL(old, new). Schulman et al. 2017, section 4."""
     factor = 0.5 if kl < target_kl / 1.5 else 2.0 if kl > target_kl * 1.5 else 1.0
     return ppo1_beta * factor
 
-
 # ---- 5. What flows between ---------------------------------------------------------------------
-
 
 @dataclass
 class Samples:
@@ -432,7 +410,6 @@ class Samples:
     ended: torch.Tensor           # (B,)   an end token was sampled
     items: list                   # B items of the PromptDataset
     responses: list               # B texts
-
 
 @dataclass
 class Experience:
@@ -450,7 +427,6 @@ class Experience:
     rewards: torch.Tensor = None               # (B, T) r_t
     advantages: torch.Tensor = None            # (B, T) A_t
     returns: torch.Tensor = None               # (B, T) return_t
-
 
 def collate_fn(rows):
     """Rows -> one Experience, prompts padded on the left, responses on the right, with zeros: so
@@ -473,13 +449,11 @@ def collate_fn(rows):
 
     return Experience(**{f.name: pad(f.name) for f in dataclasses.fields(Experience)})
 
-
 def split_by_length(rows, size):
     """Lists of `size` rows of like length, so that little of a micro-batch is padding. The longest
     first: what does not fit into memory fails at once."""
     rows = sorted(rows, key=lambda row: -len(row.seqs))
     return [rows[i:i + size] for i in range(0, len(rows), size)]
-
 
 @dataclass
 class ExperienceBuffer:
@@ -497,15 +471,12 @@ class ExperienceBuffer:
         order = torch.randperm(len(self.rows), generator=generator).tolist()
         return [[self.rows[i] for i in order[k:k + size]] for k in range(0, len(order), size)]
 
-
 # ---- 6. Prompts to experience ------------------------------------------------------------------
-
 
 def get_end_tokens(model, tokenizer):
     """Ids that end a response: the model's own (chat models have several) and the tokenizer's."""
     own = getattr(model.generation_config, "eos_token_id", None)
     return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None})
-
 
 def get_action_mask(responses, end_tokens):
     """(B, T) ids -> (B, T), 1 up to and with the first end token. By position: padding may be
@@ -513,7 +484,6 @@ def get_action_mask(responses, end_tokens):
     action, its end token (Trap 10)."""
     is_end = torch.isin(responses, torch.tensor(end_tokens, device=responses.device)).long()
     return (is_end.cumsum(-1) - is_end == 0).long()
-
 
 @contextlib.contextmanager
 def plain_sampling(model, end_tokens, pad_token_id, temperature, max_new_tokens):
@@ -527,7 +497,6 @@ def plain_sampling(model, end_tokens, pad_token_id, temperature, max_new_tokens)
         yield
     finally:
         model.generation_config = own
-
 
 @torch.no_grad()
 def generate_samples(prompts, model, actor_tokenizer, max_length, max_new_tokens,
@@ -561,7 +530,6 @@ def generate_samples(prompts, model, actor_tokenizer, max_length, max_new_tokens
             Samples(seqs, attention_mask, action_mask, num_actions, ended, part, responses))
     return samples_list
 
-
 @torch.no_grad()
 def compute_scores(prompts, responses, reward_model, reward_tokenizer=None,
                    apply_chat_template=True, micro_train_batch_size=8, columns=None):
@@ -584,7 +552,6 @@ def compute_scores(prompts, responses, reward_model, reward_tokenizer=None,
         scores.update(zip(part, logits.squeeze(-1).tolist()))
     return [scores[i] for i in range(len(inputs))]
 
-
 def to_rows(samples_list):
     """Samples -> list of Experience, a row each, without padding."""
     rows = []
@@ -596,7 +563,6 @@ def to_rows(samples_list):
                         ended=bool(samples.ended[i]))
             rows.append(Experience(seqs, torch.ones_like(seqs), torch.ones_like(seqs[-n:]), info))
     return rows
-
 
 @torch.no_grad()
 def generate_experiences(samples_list, actor_model, critic_model, reward_model, ref_model,
@@ -656,9 +622,7 @@ def generate_experiences(samples_list, actor_model, critic_model, reward_model, 
             tensor[i, :n] for tensor in (kl, rewards, advantages, returns))
     return rows
 
-
 # ---- 7. The update and the loop ----------------------------------------------------------------
-
 
 def compute_penalty(action_log_probs, batch, entropy, ppo1_beta, kl_loss_coef, entropy_coef):
     """Optional terms of the policy's loss, (B, T): Eq. 5c, PPO1's ppo1_beta KL(old, new) by k3; the
@@ -673,7 +637,6 @@ def compute_penalty(action_log_probs, batch, entropy, ppo1_beta, kl_loss_coef, e
         k2 = compute_approx_kl(action_log_probs, batch.ref_action_log_probs, mask, "k2")
         penalty = penalty + kl_loss_coef * ratio * k2
     return penalty - entropy_coef * entropy if entropy_coef else penalty
-
 
 def train_step(experience, actor_model, critic_model, actor_optimizer, critic_optimizer,
                micro_train_batch_size, temperature=1.0, clip_eps=0.2, clip_eps_high=None,
@@ -728,7 +691,6 @@ def train_step(experience, actor_model, critic_model, actor_optimizer, critic_op
     critic_optimizer.step()
     return metrics
 
-
 def evaluate(dataset, actor_model, critic_model, reward_model, ref_model, sampling, scoring, seed):
     """One response to each held-out prompt -> list of rows. Its random numbers are the same each
     time, and those of training stay as they were."""
@@ -738,7 +700,6 @@ def evaluate(dataset, actor_model, critic_model, reward_model, ref_model, sampli
             list(dataset), actor_model, **{**sampling, "n_samples_per_prompt": 1})
         return generate_experiences(samples_list, actor_model, critic_model, reward_model,
                                     ref_model, **scoring)[:len(dataset)]
-
 
 def train(prompts_dataset, eval_dataset, actor_model, critic_model, reward_model, ref_model,
           actor_tokenizer, reward_tokenizer, writer):
@@ -791,12 +752,9 @@ def train(prompts_dataset, eval_dataset, actor_model, critic_model, reward_model
         buffer.clear()
     return run.finish()
 
-
 # ---- the algorithm ends here -------------------------------------------------------------------
 
-
 # ---- 8. Input ----------------------------------------------------------------------------------
-
 
 def read_prompts(source):
     """A list, or the path of a .txt or .jsonl -> list of dicts: `prompt` and the other columns."""
@@ -830,7 +788,6 @@ def read_prompts(source):
         raise InputError(f"{source!r} (see prompts_file) holds no prompt: write at least one")
     return items
 
-
 def get_prompt_indices(rollout, num_prompts):
     """The prompts of a rollout: each episode is an order of its own, and the last rollout of one is
     filled from the next. A function of the rollout's number: no position has to be saved."""
@@ -840,7 +797,6 @@ def get_prompt_indices(rollout, num_prompts):
               for episode in {episode for episode, _ in places}}
     return [orders[episode][place] for episode, place in places]
 
-
 def get_lr_factor(step, total_steps):
     """What the rates are multiplied by. A function of the step's number: nothing is saved of it."""
     if step < warmup_steps:
@@ -848,7 +804,6 @@ def get_lr_factor(step, total_steps):
     x = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     cosine = (1 + math.cos(math.pi * x)) / 2
     return {"constant": 1.0, "linear": 1 - x, "cosine": cosine}[lr_schedule]
-
 
 def as_data(text, tokenizer):
     """The text, its spellings of special tokens broken by a space: what a user or a model writes
@@ -858,13 +813,11 @@ def as_data(text, tokenizer):
         text = text.replace(token, token[0] + " " + token[1:]) if len(token) > 1 else text
     return text
 
-
 def to_messages(prompt, tokenizer):
     """A prompt, a text or messages -> messages for a chat template."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return [{name: as_data(message[name], tokenizer) for name in ("role", "content")}
             for message in messages]
-
 
 def load(auto, constant, name, **options):
     try:
@@ -873,7 +826,6 @@ def load(auto, constant, name, **options):
         reason = show(str(error).strip().split("\n")[0])
         raise InputError(f"{constant} = {name!r} cannot be loaded: {reason}") from None
 
-
 def load_tokenizer(constant, name):
     tokenizer = load(transformers.AutoTokenizer, constant, name)
     if tokenizer.eos_token_id is None:
@@ -881,7 +833,6 @@ def load_tokenizer(constant, name):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless here: masks come from positions
     return tokenizer
-
 
 def load_model(constant, name):
     """A model in fp32, dropout off for good. Only safetensors are read: no pickle runs. InputError:
@@ -900,7 +851,6 @@ def load_model(constant, name):
         raise InputError(f"{constant} = {name!r} has no trained {missing[0]}: name another model")
     return model.to(device).eval()  # dropout would move the ratio before any step (Trap 20)
 
-
 def to_reward_inputs(prompt, response, tokenizer, apply_chat_template, max_length):
     """What a reward model reads, in its own words (Trap 13): its chat template where it has one, a
     pair where its tokenizer separates pairs (encoders), else prompt + response + end token."""
@@ -915,7 +865,6 @@ def to_reward_inputs(prompt, response, tokenizer, apply_chat_template, max_lengt
         return tokenizer(as_data(prompt, tokenizer), response, **cut)
     return tokenizer(prompt + response + (tokenizer.eos_token or ""), **cut)
 
-
 def check_scores(scores, responses, name="reward_fn"):
     """What a function of the user's returned -> list of floats, or InputError."""
     try:
@@ -929,7 +878,6 @@ def check_scores(scores, responses, name="reward_fn"):
             raise InputError(f"{name} returned {score} for {show(response)!r}: make it finite")
     return scores
 
-
 def update_moments(moments, scores):
     """Adds scores to [count, mean, squares about it] -> mean, standard deviation (Welford)."""
     for score in scores.tolist():
@@ -939,11 +887,9 @@ def update_moments(moments, scores):
         moments[2] += delta * (score - moments[1])
     return moments[1], math.sqrt(moments[2] / max(moments[0] - 1, 1))
 
-
 def show(text):
     """Without control characters: a response must not steer the terminal."""
     return "".join(c if c.isprintable() else " " for c in text)
-
 
 # ---- 9. What is logged -------------------------------------------------------------------------
 
@@ -980,7 +926,6 @@ METRICS = {  # tag: what it is, healthy from, to, and where to look outside of t
     "time/train": ("seconds", None, None, ""),
 }
 
-
 def add_policy_metrics(metrics, policy_loss, action_log_probs, batch, clip_eps, clip_eps_high):
     """Adds sums over a micro-batch's real tokens: padding would only thin them out (Trap 25)."""
     mask = batch.action_mask.bool()
@@ -995,13 +940,11 @@ def add_policy_metrics(metrics, policy_loss, action_log_probs, batch, clip_eps, 
     metrics["clip_upper"] += ((ratio > 1 + high) & (advantages > 0)).sum().item()
     metrics["clip_lower"] += ((ratio < 1 - low) & (advantages < 0)).sum().item()
 
-
 def add_value_metrics(metrics, value_loss, values, batch, value_clip_eps):
     moved = (values - batch.values)[batch.action_mask.bool()].abs()
     metrics["tokens"] += moved.numel()
     metrics["value_loss"] += value_loss.item()
     metrics["value_clip_fraction"] += (moved > (value_clip_eps or math.inf)).sum().item()
-
 
 def finish_metrics(metrics):
     """Sums -> means over the tokens of the step, of all processes."""
@@ -1009,7 +952,6 @@ def finish_metrics(metrics):
     whole = ("policy_loss", "value_loss", "ratio_max", "tokens")
     return {name: value if name in whole else value / metrics["tokens"]
             for name, value in metrics.items()}
-
 
 def get_rollout_metrics(rows):
     """Rows -> means over all real tokens of a rollout, or over its responses."""
@@ -1031,13 +973,10 @@ def get_rollout_metrics(rows):
         metrics["gold"] = sum(check_scores(gold_fn(prompts, responses), responses, "gold_fn")) / n
     return {name: float(value) for name, value in metrics.items()}
 
-
 # ---- 10. The run around the loop ---------------------------------------------------------------
-
 
 class Stopped(KeyboardInterrupt):
     """Ctrl-C or SIGTERM, raised when the state has been saved."""
-
 
 @dataclass
 class State:
@@ -1048,7 +987,6 @@ class State:
     best: float = -math.inf
     best_gold: float = -math.inf
     score_moments: list = field(default_factory=lambda: [0, 0.0, 0.0])
-
 
 class Run:
     """Log, evaluation, checkpoints and signals around the loop of `train`."""
@@ -1073,6 +1011,7 @@ class Run:
             load_checkpoint(path, self)
         for half in glob.glob(glob.escape(run_folder()) + "/**/*.tmp", recursive=True):
             shutil.rmtree(half)  # of a run that was killed while it wrote
+        snapshot = take_snapshot(self.state)
         if self_check != "off":
             run_self_check(self)
         self.before = self.evaluate(self.models[3])  # the reference: what the actor was
@@ -1083,6 +1022,7 @@ class Run:
         if threading.current_thread() is threading.main_thread():  # no other may catch signals
             self.old_handlers = {number: signal.signal(number, self.on_signal)
                                  for number in (signal.SIGINT, signal.SIGTERM)}
+        put_random(snapshot)  # whatever was drawn here: a resumed run must not notice
         self.started, self.first = time.perf_counter(), self.state.rollout
         return self.state
 
@@ -1150,7 +1090,8 @@ class Run:
         """Logs it, evaluates and saves where it is time to."""
         state, metrics = self.state, get_rollout_metrics(rows) | self.seconds
         metrics |= {name: self.mean(name) for name in set().union(*self.steps)}
-        metrics["ratio_max"] = max(step.get("ratio_max", 0.0) for step in self.steps)
+        if "ratio_max" in metrics:
+            metrics["ratio_max"] = max(step["ratio_max"] for step in self.steps)
         metrics |= {name: optimizer.param_groups[0]["lr"]
                     for name, optimizer in zip(("actor_lr", "critic_lr"), self.optimizers)}
         metrics["tokens_per_second"] = sum(len(row.action_mask) for row in rows) / sum(
@@ -1235,20 +1176,16 @@ class Run:
         self.after = self.after or self.evaluate(self.models[0])  # or: resumed at its end
         return self
 
-
 # ---- 11. Checkpoints ---------------------------------------------------------------------------
-
 
 def run_folder():
     return os.path.join("runs", run_name)
-
 
 def get_constants():
     """Their values, functions by their names."""
     values = {name: globals()[name] for name in CONSTANTS}
     return {name: getattr(value, "__name__", type(value).__name__) if callable(value) else value
             for name, value in values.items()}
-
 
 def take_snapshot(state):
     """State and random numbers at the start of a rollout, in types that need no pickle."""
@@ -1257,6 +1194,11 @@ def take_snapshot(state):
                 cuda=torch.cuda.get_rng_state_all(), python=random.getstate(),
                 numpy=(kind, keys.tolist(), *rest))
 
+def put_random(snapshot):
+    torch.set_rng_state(snapshot["torch"])
+    torch.cuda.set_rng_state_all(snapshot["cuda"])
+    random.setstate(snapshot["python"])
+    numpy.random.set_state(snapshot["numpy"])
 
 def write_folder(path, write):
     """Calls write(folder) on a temporary folder, flushes that to disk, renames it to `path`: at any
@@ -1285,18 +1227,15 @@ def write_folder(path, write):
         return False
     return True
 
-
 def flush(path):
     """A file to disk -> its hash."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-
 def save_model(model, tokenizer, folder):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
 
 def save_checkpoint(run):
     path = os.path.join(run_folder(), "checkpoints",
@@ -1315,15 +1254,13 @@ def save_checkpoint(run):
 
     saved = write_folder(path, write)
     for old in list_checkpoints()[:-keep_checkpoints]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     return saved
-
 
 def list_checkpoints():
     """Oldest first."""
     folder = os.path.join(glob.escape(run_folder()), "checkpoints", "rollout-" + "[0-9]" * 6)
     return sorted(glob.glob(folder))
-
 
 def find_checkpoint():
     """What the constant `resume` means -> the path of a whole checkpoint, or None."""
@@ -1345,7 +1282,6 @@ def find_checkpoint():
         instead = repr(older[-1]) if older else "None to start anew"
         raise InputError(f"checkpoint {path} is damaged ({damaged[0]}): set resume = {instead}")
     return path
-
 
 def load_checkpoint(path, run):
     """Puts everything back, for half of Adam's state or other random numbers would be another run
@@ -1370,20 +1306,16 @@ def load_checkpoint(path, run):
     except Exception as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"resume: {path} does not fit these models: {reason}") from None
+    name = os.path.basename(path)
     for newer in list_checkpoints():
-        if os.path.basename(newer) > os.path.basename(path):  # of a course not taken any more
+        if os.path.basename(newer) >= name and not os.path.samefile(newer, path):  # not this course
             shutil.rmtree(newer + ".aside", ignore_errors=True)
             os.rename(newer, newer + ".aside")
     run.state = State(**rest["state"])
-    torch.set_rng_state(rest["torch"])
-    torch.cuda.set_rng_state_all(rest["cuda"])
-    random.setstate(rest["python"])
-    numpy.random.set_state(rest["numpy"])
+    put_random(rest)
     say(f"resumed from {path}")
 
-
 # ---- 12. Self-check ----------------------------------------------------------------------------
-
 
 def run_self_check(run):
     """Tries what the formulas rest on, on these models and prompts, a line for each check. A failed
@@ -1409,7 +1341,6 @@ def run_self_check(run):
             model.zero_grad(set_to_none=True)
     if failed and self_check == "stop":
         raise InputError(f"self-check: {failed[0]}: not so; mend it, or set self_check = 'warn'")
-
 
 def check_forward(run, check):
     """The properties of one forward. Rounding of bf16 on a GPU is reported and not judged."""
@@ -1458,12 +1389,11 @@ def check_forward(run, check):
           "The model ignores position_ids: set the micro batch sizes to 1")
     ends = [int(torch.isin(row.seqs.cpu()[-len(row.action_mask):], end_tokens).sum())
             for row in rows]
-    made = get_action_mask(end_tokens[:1].repeat(2, 3), end_tokens.tolist())  # all tokens are ends
-    right = ends == [int(row.info["ended"]) for row in rows] and made.sum().item() == 2
+    made = get_action_mask(torch.tensor([[-1, end_tokens[0], end_tokens[0]]]), end_tokens.tolist())
+    right = ends == [int(row.info["ended"]) for row in rows] and made.tolist() == [[1, 1, 0]]
     check("the end token is one action", right, f"{sum(ends)} in {len(ends)} responses",
           "The action mask is wrong: rewards would get lost")
     return samples_list, rows
-
 
 def compare_sampler(actor, tokenizer, prompts):
     """The largest difference of what `generate` draws from to softmax(logits / temperature)."""
@@ -1476,7 +1406,6 @@ def compare_sampler(actor, tokenizer, prompts):
             return_dict_in_generate=True, output_scores=True, output_logits=True)
     drawn, raw = torch.stack(output.scores).float(), torch.stack(output.logits).float()
     return (drawn.softmax(-1) - (raw / temperature).softmax(-1)).abs().max().item()
-
 
 def check_update(run, samples_list, rows, check):
     """The way of the score, and the properties of a backward."""
@@ -1516,34 +1445,26 @@ def check_update(run, samples_list, rows, check):
         check("the reward model tells responses apart", max(scores) - min(scores) > 1e-6,
               f"scores {min(scores):.2f} to {max(scores):.2f}", "Does it read what it should?")
 
-
 # ---- 13. Several processes ---------------------------------------------------------------------
-
 
 def world_size():
     return 1
 
-
 def say(text):
     print(text, flush=True)
-
 
 def my_share(rows):
     return rows
 
-
 def gather_rows(rows):
     return rows
-
 
 def over_processes(metrics):
     return metrics
 
-
 def clip_gradients(model, max_norm):
     """Scales gradients down to a norm of max_norm -> the norm before."""
     return float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
-
 
 @contextlib.contextmanager
 def recomputing(model):
@@ -1557,7 +1478,6 @@ def recomputing(model):
     finally:
         for layer in layers:
             layer.training = False
-
 
 # ---- 16. Offline demo: the two steps before PPO, small enough for a laptop -----------------------
 # A person asks for something. A reply is helpful, plain or rude, on topic or off, with a reason or
@@ -1579,7 +1499,6 @@ TONES = {  # tone: (how a reply opens, how it closes)
     "plain": (["well ,", "maybe", "ok ,"], [".", ", i guess ."]),
     "rude": (["ugh ,", "lazy you ,", "not again ,"], [". go away .", ". now leave ."])}
 
-
 @functools.cache
 def make_grammar():
     """All that can be said: {prompt: topic}, {(topic, tone, reasoned): replies} and, the way back,
@@ -1595,7 +1514,6 @@ def make_grammar():
         replies[topic, tone, reasoned] = [f"{o} {v} {i}{r} {c}" for r, o, v, i, c in parts]
     return prompts, replies, {text: key for key, texts in replies.items() for text in texts}
 
-
 def gold(prompts, responses, **columns):
     """The hidden rule, in [0, 1]: on topic, helpful, with a reason, a third each; a text that the
     grammar cannot make is worth 0. It labels the pairs and judges the end; PPO never sees it."""
@@ -1608,14 +1526,12 @@ def gold(prompts, responses, **columns):
         scores.append((on_topic + tone_score + reasoned) / 3)
     return scores
 
-
 def draw_aspects(prompt, rng):
     """(topic, tone, reasoned) of a reply for fine-tuning; 4 in 100 are as good as can be."""
     topic = make_grammar()[0][prompt]
     if rng.random() < 0.5:
         topic = rng.choice([other for other in TOPICS if other != topic])
     return topic, rng.choices(list(TONES), [2, 4, 4])[0], rng.random() < 0.4
-
 
 def draw_pair(prompt, rng, differ):
     """(chosen, rejected) replies to a prompt. They differ in one aspect of `differ` alone (0 topic,
@@ -1630,7 +1546,6 @@ def draw_pair(prompt, rng, differ):
         (low, rejected), (high, chosen) = sorted(zip(gold([prompt] * 2, pair), pair))
         if low < high:  # two that are equally good teach nothing
             return chosen, rejected
-
 
 def make_demo_tokenizer():
     """One token per word, no start token, and a chat template like those of real models."""
@@ -1647,13 +1562,11 @@ def make_demo_tokenizer():
                       "{% else %}<bot> {{ m.content }} <eos>{% endif %}{% endfor %}"
                       "{% if add_generation_prompt %}<bot> {% endif %}")
 
-
 def encode_dialogues(tokenizer, prompts, replies):
     chats = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
              for prompt, reply in zip(prompts, replies)]
     return tokenizer(tokenizer.apply_chat_template(chats, tokenize=False), padding=True,
                      add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)
-
 
 def fit(model, compute_loss, steps, lr):
     """AdamW, the rate up over a tenth of the steps, then down to 0 as a cosine. -> last loss"""
@@ -1668,7 +1581,6 @@ def fit(model, compute_loss, steps, lr):
         optimizer.step()
         schedule.step()
     return loss.item()
-
 
 def fit_actor(tokenizer, prompts, rng, steps=360, batch=32):
     """Supervised fine-tuning, from scratch, on replies of the grammar. -> model, last loss"""
@@ -1691,11 +1603,9 @@ def fit_actor(tokenizer, prompts, rng, steps=360, batch=32):
 
     return model, fit(model, compute_loss, steps, lr=5e-3)
 
-
 def compute_reward_loss(chosen, rejected):
     """Eq. 12: loss = -mean log sigmoid(r(chosen) - r(rejected)). (B,), (B,) -> scalar"""
     return -F.logsigmoid(chosen - rejected).mean()
-
 
 def fit_reward(tokenizer, actor_model, prompts, eval_prompts, rng, batch=32):
     """A reward model from pairs, on the fine-tuned body. -> model, accuracy on held-out pairs"""
@@ -1719,7 +1629,6 @@ def fit_reward(tokenizer, actor_model, prompts, eval_prompts, rng, batch=32):
         # Pairs fix differences only, not the unit. With a spread of 1, kl_coef means something.
         model.score.weight /= torch.cat([chosen, rejected]).std()
     return model, (chosen > rejected).float().mean().item()
-
 
 def build_demo(folder, seed):
     """Write folder/actor, folder/reward, folder/prompts.txt and folder/eval_prompts.txt."""
@@ -1745,9 +1654,7 @@ def build_demo(folder, seed):
             file.writelines(f"{line}\n" for line in lines)
     os.rename(unfinished, folder)
 
-
 # ---- 17. Main ----------------------------------------------------------------------------------
-
 
 def check_constants():
     """InputError for the first constant that cannot be, with what can."""
@@ -1810,14 +1717,12 @@ def check_constants():
         if wrong:
             raise InputError(sentence)
 
-
 def show_model(name, model):
     if not isinstance(model, nn.Module):
         return say(f"  {name:8s}{getattr(model, '__name__', 'a function')}")
     count, trained = sum(p.numel() for p in model.parameters()), name in ("actor", "critic")
     say(f"  {name:8s}{type(model.base_model).__name__:20s}{count / 1e6:10.2f} M parameters, "
         f"{'trained' if trained else 'frozen '} {count * (16 if trained else 4) / 2**20:10.1f} MiB")
-
 
 def show_results(run):
     """Held-out prompts before and after, and their means."""
@@ -1834,11 +1739,10 @@ def show_results(run):
         if name in before:
             say(f"  {name:26s}{before[name]:10.2f}{after[name]:10.2f}")
 
-
 def main():
     global gold_fn
     check_constants()
-    torch.manual_seed(seed)
+    transformers.set_seed(seed)
     transformers.utils.logging.disable_progress_bar()
     for source in (prompts_file, eval_prompts_file):  # a wrong one is told before a minute's work
         if source and not (isinstance(source, str) and source.startswith("demo/")):
@@ -1855,10 +1759,6 @@ def main():
         say(f"{prompts_dataset.truncated} of {len(prompts_dataset)} prompts are longer than "
             f"max_length = {max_length} tokens and lose their beginning")
     actor_model, ref_model = (load_model("actor_name", actor_name) for _ in range(2))
-    positions = getattr(actor_model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and max_length + max_new_tokens > positions:
-        raise InputError(f"max_length + max_new_tokens = {max_length + max_new_tokens}, but "
-                         f"actor_name has {positions} positions: lower one of them")
     reward_model, reward_tokenizer = reward_fn, None
     if reward_fn is None:
         reward_tokenizer = load_tokenizer("reward_name", reward_name)
@@ -1870,8 +1770,14 @@ def main():
     critic_model = make_critic(actor_model, reward_model)
     if critic_name is not None:
         critic_model = Critic(load_model("critic_name", critic_name).base_model).eval()
-        if critic_model.base_model.config.vocab_size < actor_model.config.vocab_size:
-            raise InputError(f"critic_name = {critic_name!r} knows fewer tokens than actor_name")
+    for constant, model in (("actor_name", actor_model), ("critic_name", critic_model.base_model)):
+        config = model.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None) or math.inf
+        if max_length + max_new_tokens > positions:
+            raise InputError(f"max_length + max_new_tokens = {max_length + max_new_tokens}, but "
+                             f"{constant} has {positions} positions: lower one of them")
+        if config.vocab_size < actor_model.config.get_text_config().vocab_size:
+            raise InputError(f"{constant} = {critic_name!r} knows fewer tokens than actor_name")
     if gradient_checkpointing:  # `recomputing` switches it on where it is wanted
         for model in (actor_model, critic_model.base_model):
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -1891,7 +1797,6 @@ def main():
     writer.close()
     show_results(run)
     say(f"\nthe actor is in {run_folder()}/final; curves: tensorboard --logdir runs")
-
 
 if __name__ == "__main__":
     try:
