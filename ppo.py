@@ -590,7 +590,7 @@ def generate_experiences(samples_list, actor_model, critic_model, reward_model, 
             row.last_values = value[i, n] if goes_on else torch.zeros_like(value[i, 0])
 
     items, responses = zip(*((row.info["item"], row.info["response"]) for row in rows))
-    columns = {name: [item.get(name) for item in items] for item in items for name in item}
+    columns = {name: [item.get(name) for item in items] for name in set().union(*items)}
     prompts, _ = columns.pop("prompt"), columns.pop("text")
     raw_scores = compute_scores(prompts, list(responses), reward_model, reward_tokenizer,
                                 apply_chat_template, micro_train_batch_size, columns)
@@ -1791,7 +1791,8 @@ def main():
         os.rename(run_folder(), aside)
         say(f"the earlier {run_folder()} is now {aside}")
     from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(run_folder(), purge_step=path and int(path[-6:]) + 1)
+    # Said in a fresh run too: TensorBoard purges nothing at the first such mark in a folder.
+    writer = SummaryWriter(run_folder(), purge_step=int(path[-6:]) + 1 if path else 0)
     run = train(prompts_dataset, eval_dataset, *models, actor_tokenizer, reward_tokenizer, writer)
     run.save_actor("final")
     writer.close()
