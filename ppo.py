@@ -36,8 +36,12 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
+import unittest.mock
+import warnings
+import weakref
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -851,6 +855,31 @@ def load_model(constant, name):
         raise InputError(f"{constant} = {name!r} has no trained {missing[0]}: name another model")
     return model.to(device).eval()  # dropout would move the ratio before any step (Trap 20)
 
+def make_models(load_model):
+    """load_model(constant, name) -> actor, critic, reward model, reference. Of the bill's loader,
+    models without memory. InputError: one has too few positions, or knows too few tokens."""
+    actor_model, reward_model = load_model("actor_name", actor_name), reward_fn
+    if reward_fn is None:
+        reward_model = load_model("reward_name", reward_name).requires_grad_(False)
+    if lora_rank:
+        actor_model, critic_model, ref_model = add_adapters(actor_model)
+    else:
+        ref_model = load_model("actor_name", actor_name).requires_grad_(False)
+        critic_model = make_critic(actor_model, reward_model)
+        if critic_name is not None:
+            critic_model = Critic(load_model("critic_name", critic_name).base_model).eval()
+    for constant, model in (("actor_name", actor_model), ("critic_name", critic_model.base_model)):
+        config = model.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None) or math.inf
+        if max_length + max_new_tokens > positions:
+            raise InputError(f"max_length + max_new_tokens = {max_length + max_new_tokens}, but "
+                             f"{constant} has {positions} positions: lower one of them")
+        if config.vocab_size < actor_model.config.get_text_config().vocab_size:
+            raise InputError(f"{constant} = {critic_name!r} knows fewer tokens than actor_name")
+        if gradient_checkpointing:  # `recomputing` switches it on where it is wanted
+            model.activation_checkpointing_enable()
+    return actor_model, critic_model, reward_model, ref_model
+
 def to_reward_inputs(prompt, response, tokenizer, apply_chat_template, max_length):
     """What a reward model reads, in its own words (Trap 13): its chat template where it has one, a
     pair where its tokenizer separates pairs (encoders), else prompt + response + end token."""
@@ -1052,6 +1081,7 @@ class Run:
     def epochs(self, buffer):
         """All minibatches of all epochs, the learning rates set for each."""
         step = self.state.rollout * self.total_steps // self.rollouts
+        self.kl_coef = self.state.kl_coef  # that of this rollout, `train` may adapt it after this
         for _ in range(max_epochs):
             order = torch.Generator().manual_seed(seed * 1_000_003 + step)  # one in all processes
             for experience in buffer.minibatches(train_batch_size, order):
@@ -1096,7 +1126,7 @@ class Run:
                     for name, optimizer in zip(("actor_lr", "critic_lr"), self.optimizers)}
         metrics["tokens_per_second"] = sum(len(row.action_mask) for row in rows) / sum(
             self.seconds.values())
-        metrics["kl_coef"] = state.kl_coef
+        metrics["kl_coef"] = self.kl_coef
         if policy_loss == "ppo1":
             metrics["ppo1_beta"] = state.ppo1_beta
         if "gold" in metrics:
@@ -1105,6 +1135,11 @@ class Run:
         self.log(metrics)
         self.steps, self.seconds = [], {}
         state.rollout += 1
+        if trace_every and state.rollout % trace_every == 0:
+            text = trace(rows, self.models[0], self.sampling["actor_tokenizer"],
+                         self.kl_coef if kl_in == "reward" else 0.0)
+            if self.writer:  # indented, so that Markdown leaves it as it is
+                self.writer.add_text("trace", textwrap.indent(text, "    "), state.rollout)
         last = state.rollout == self.rollouts
         if last or eval_every and state.rollout % eval_every == 0:
             self.after = self.evaluate(self.models[0])
@@ -1246,7 +1281,11 @@ def save_checkpoint(run):
     def write(folder):
         if run.writer:
             run.writer.flush()  # a run that goes on from here will not write these points again
-        save_model(run.models[0], run.sampling["actor_tokenizer"], os.path.join(folder, "actor"))
+        if lora_rank:
+            safetensors.torch.save_model(run.models[0], os.path.join(folder, "actor.safetensors"))
+        else:
+            save_model(run.models[0], run.sampling["actor_tokenizer"],
+                       os.path.join(folder, "actor"))
         safetensors.torch.save_model(run.models[1], os.path.join(folder, "critic.safetensors"))
         optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
         torch.save(dict(run.snapshot, constants=get_constants(), optimizers=optimizers),
@@ -1298,8 +1337,11 @@ def load_checkpoint(path, run):
             say(f"  resume: {name} was {old!r}, now {new!r}")
     try:
         folder = os.path.join(path, "actor")
-        saved = type(run.models[0]).from_pretrained(folder, dtype=torch.float32)
-        run.models[0].load_state_dict(saved.state_dict())
+        if lora_rank:
+            safetensors.torch.load_model(run.models[0], folder + ".safetensors")
+        else:
+            saved = type(run.models[0]).from_pretrained(folder, dtype=torch.float32)
+            run.models[0].load_state_dict(saved.state_dict())
         safetensors.torch.load_model(run.models[1], os.path.join(path, "critic.safetensors"))
         for optimizer, state in zip(run.optimizers, rest["optimizers"]):
             optimizer.load_state_dict(state)
@@ -1478,6 +1520,229 @@ def recomputing(model):
     finally:
         for layer in layers:
             layer.training = False
+
+# ---- 14. Trace: one response, token by token ---------------------------------------------------
+
+@torch.no_grad()
+def trace(rows, actor_model, tokenizer, kl_coef):
+    """Prints and returns: a rollout's best and worst scored response, and as a table the one that
+    holds its largest |KL| of a token: look there first for a hacked reward. The numbers are the
+    run's own, `used` the whitened A, `new` that after all epochs. A mark says that the loss lets no
+    gradient of the token through any more: ^ clipped above, v below, d by the dual clip."""
+    def number(x):  # in 7 characters, with as many of 4 decimals as fit
+        return next((s for d in (4, 3, 2, 1, 0) if len(s := f"{round(x, d) + 0.0:.{d}f}") < 8),
+                    f"{x:.0e}")
+
+    def brief(name, row):
+        prompt, response = show(str(row.info["item"]["prompt"])), show(row.info["response"])
+        return f"  {name} {number(row.info['raw_score']):>8}: {prompt[-40:]} -> {response}"[:100]
+
+    low, high = clip_eps, clip_eps_high or clip_eps
+    if policy_loss == "ppo1":
+        low = high = math.inf
+    by_score = sorted(rows, key=lambda row: row.info["raw_score"])
+    row = max(rows, key=lambda row: row.kl.abs().max())
+    place, n = row.kl.abs().argmax().item(), len(row.action_mask)
+    tokens = [show(tokenizer.decode([i])) for i in row.seqs[-n:].tolist()]
+    inputs = (row.seqs[None], row.attention_mask[None])
+    new = compute_log_probs(actor_model, *inputs, n, temperature)[0]
+    old, V = row.old_action_log_probs, row.values
+    delta = row.rewards + gamma * torch.cat([V[1:], row.last_values[None]]) - V  # Eq. 9
+    table = torch.stack([
+        old, row.ref_action_log_probs, row.kl, row.rewards, V, delta, row.returns - V,
+        row.advantages, row.returns, new, (new - old).exp()], dim=1).tolist()
+    names = "log_prob ref kl reward V delta A used return new ratio".split()
+    lines = [brief("best ", by_score[-1]), brief("worst", by_score[0]), brief("below", row),
+             f"  max |KL| {number(abs(table[place][2]))} at token {place}; score "
+             f"{number(row.scores.item())}, kl_coef {kl_coef:.4g}, gamma {gamma}, lambd {lambd}, "
+             f"V(s_T) {number(row.last_values.item())}",
+             f"{'token':9}" + "%8s" * 11 % (*names,)]
+    for t, (token, cells) in enumerate(zip(tokens, table)):
+        A, ratio = cells[7], cells[10]
+        mark = ("^" if A > 0 and ratio > 1 + high else "v" if A < 0 and ratio < 1 - low else
+                "d" if A < 0 and ratio > (dual_clip or math.inf) else "")
+        if t == 40 < n - 24:
+            lines.append(f"... {n - 64} tokens more")
+        if t < 40 or t >= n - 24:
+            lines.append(f"{token:9.9}" + "%8s" * 11 % (*map(number, cells),) + f" {mark}".rstrip())
+    say("\n".join(lines))
+    return "\n".join(lines)
+
+# ---- 15. The bill: what a run takes, told before it takes it -----------------------------------
+
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the bytes of the tensors made inside: those alive `now`, and the `peak` of that."""
+    now = peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def storages(tree):
+            return {leaf.untyped_storage() for leaf in torch.utils._pytree.tree_leaves(tree)
+                    if isinstance(leaf, torch.Tensor)}
+
+        made = function(*args, **(kwargs or {}))
+        for storage in storages(made) - storages((args, kwargs)):  # no views, nothing in place
+            self.add(storage.nbytes())
+            weakref.finalize(storage, self.add, -storage.nbytes())
+        return made
+
+    def add(self, size):
+        self.now, self.peak = self.now + size, max(self.peak, self.now + size)
+
+def measure(name, model):
+    """A model without memory -> bytes of its weights, gradients and Adam; the most that stands
+    beside them in a micro-batch (activations, logits) and in `generate` (prompts, KV cache)."""
+    trained, rows = name in ("actor", "critic"), rollout_batch_size * n_samples_per_prompt
+    grown = [p for p in model.parameters() if p.requires_grad]
+    for p in grown:
+        p.grad = torch.empty_like(p)
+    seqs = torch.ones(min(micro_train_batch_size, train_batch_size if trained else rows),
+                      max_length + max_new_tokens, dtype=torch.long)
+    inputs = (seqs, torch.ones_like(seqs), max_new_tokens)
+    with Watch() as work, torch.set_grad_enabled(trained), recomputing(model):
+        if name == "reward":
+            model(*inputs[:2])
+        elif name == "critic":
+            model(*inputs).sum().backward()
+        else:
+            parts = compute_log_probs(model, *inputs, temperature, trained and entropy_coef != 0)
+            if trained:
+                sum(part.sum() for part in parts).backward()
+    with Watch() as sampling, torch.no_grad(), autocast(model):
+        if name == "actor":
+            output = model(input_ids=seqs[:1, :max_length].repeat(
+                min(micro_rollout_batch_size, rows), 1), use_cache=True, logits_to_keep=1)
+            output.logits.float().repeat(4, 1, 1)  # copied, tempered, softmax, random numbers
+            output = output.past_key_values
+    weights, grown = (sum(p.nbytes for p in group) / world_size()
+                      for group in (model.parameters(), grown))
+    cache = sampling.now * (1 + max_new_tokens / max_length)
+    return weights, grown, 2 * grown, work.peak, sampling.peak - sampling.now + cache
+
+def get_memory():
+    """Bytes: what Python and the libraries take, what is left for the run. On a GPU nothing counts
+    for the first; on a CPU the container's limit does for the second."""
+    if device == "cuda":
+        return 0, torch.cuda.mem_get_info()[0]
+    free, base, root = [math.inf], 0, "/sys/fs/cgroup/memory"
+    for limit, used, pattern in (
+            ("/proc/meminfo", None, r"MemAvailable: +(\d+)"),
+            (root + ".max", root + ".stat", r"^anon (\d+)"),
+            (root + "/memory.limit_in_bytes", root + "/memory.stat", r"^rss (\d+)")):
+        with contextlib.suppress(OSError, ValueError):  # no such system, or "max"
+            found = int(re.search(pattern, open(used or limit).read(), re.M)[1])
+            free.append(int(open(limit).read()) - found if used else found * 1024)
+    with contextlib.suppress(OSError):
+        base = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return base, min(free) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+def show_bill():
+    """Prints what the run takes at the most, before anything large is allocated: its own functions
+    are run on tensors without memory. InputError: more than there is."""
+    def load_empty(constant, name):
+        kind = "CausalLM" if constant == "actor_name" else "SequenceClassification"
+        auto = getattr(transformers, f"AutoModelFor{kind}")
+        return auto.from_config(load(transformers.AutoConfig, constant, name), dtype=torch.float32,
+                                trust_remote_code=trust_remote_code).eval()
+
+    mode = torch._subclasses.fake_tensor.FakeTensorMode()
+    mode.__deepcopy__ = lambda memo: mode  # Critic copies a body
+    stay = unittest.mock.patch.object(nn.Module, "to", lambda module, *_, **__: module)
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+    say("  MiB     parameters    weights  gradients       Adam   training   generate")
+    with mode, stay, torch.device(device):
+        bills = []
+        for name, model in zip(("actor", "critic", "reward", "ref"), make_models(load_empty)):
+            if isinstance(model, nn.Module):
+                bills.append(measure(name, model))
+                say(f"  {name:8s}{sum(p.numel() for p in model.parameters()) / 1e6:10.2f} M"
+                    + "%11.1f" * 5 % tuple(x / 2 ** 20 for x in bills[-1]))
+    fixed, work = zip(*((sum(bill[:3]), max(bill[3:])) for bill in bills))
+    base, free = get_memory()
+    # Beside what tensors need: libraries yet to load, and what the allocator cannot use again. On
+    # a CPU that can be as much as the work; more when it is told to give nothing back.
+    slack = 1.25 if device == "cuda" else 3.5 if "MALLOC_MMAP_THRESHOLD_" in os.environ else 2.5
+    total = sum(fixed) + slack * max(work) + bool(base) * 3 * 2 ** 26
+    say(f"  at most {(base + total) / 2 ** 20:.0f} MiB, Python's {base / 2 ** 20:.0f} among them; "
+        f"{device} has {(base + free) / 2 ** 20:.0f}")
+    if total > free:
+        raise InputError(
+            f"the run would take {total / 2 ** 30:.1f} GiB of {free / 2 ** 30:.1f}: lower "
+            "micro_rollout_batch_size, then micro_train_batch_size; set gradient_checkpointing = "
+            "True, then lora_rank = 16; lower max_new_tokens")
+
+# ---- 15. Adapters: four models on one trunk ----------------------------------------------------
+
+class Adapted(nn.Module):
+    """One of the models that share a trunk: in its forward the adapter `name` works alone, or none
+    does (the reference). Its parameters are that adapter's, the reference's those of the trunk."""
+
+    def __init__(self, trunk, name):
+        super().__init__()
+        self.__dict__["trunk"] = trunk  # past nn.Module: its weights are not all this model's
+        self.name, self.config, self.device = name, trunk.config, trunk.device
+        self.layers = [module for module in trunk.modules() if hasattr(module, "base_layer")]
+        self.activation_checkpointing_enable = trunk.activation_checkpointing_enable
+        for key, p in trunk.named_parameters():
+            if f".{name}." in key or name is None and ".lora_" not in key:
+                self.register_parameter(key.replace(".", "_"), p)
+
+    def __deepcopy__(self, memo):
+        return self  # so Critic takes the trunk for its body: two adapters share nothing trained
+
+    generation_config = property(
+        lambda self: self.trunk.generation_config,
+        lambda self, config: setattr(self.trunk, "generation_config", config))
+    gradient_checkpointing = property(lambda self: any(
+        getattr(module, "gradient_checkpointing", False) for module in self.trunk.modules()))
+
+    def switch(self):
+        for layer in self.layers:
+            layer.enable_adapters(self.name is not None)
+            layer.set_adapter(self.name or [])
+        for key, p in self.trunk.named_parameters():
+            p.requires_grad_(".lora_" in key)  # peft freezes those that are off, but all are trained
+        for module in self.trunk.modules():  # `recomputing` has set it for this model alone
+            module.training = self.training and getattr(module, "gradient_checkpointing", False)
+        return self.trunk
+
+    def forward(self, **inputs):
+        return self.switch()(**inputs)
+
+    def generate(self, **inputs):
+        return self.switch().generate(**inputs)
+
+    @torch.no_grad()
+    def save_pretrained(self, folder):
+        """A plain model, the adapter merged into a copy of the trunk: merging in place and taking
+        it out again would leave rounding in the reference. The adapter itself in folder/adapter."""
+        weights = {key.replace(".base_layer", ""): w for key, w in self.trunk.state_dict().items()
+                   if ".lora_" not in key}
+        for key, layer in self.trunk.named_modules():
+            if layer in self.layers:
+                weights[key + ".weight"] = layer.base_layer.weight + layer.get_delta_weight("actor")
+        self.trunk.save_pretrained(folder, state_dict=weights)
+        folder = os.path.join(folder, "adapter")
+        self.trunk.peft_config["actor"].save_pretrained(folder)
+        safetensors.torch.save_file(
+            {"base_model.model." + key.replace(".actor.", "."): w
+             for key, w in self.trunk.named_parameters() if ".actor." in key},
+            os.path.join(folder, "adapter_model.safetensors"))
+
+def add_adapters(trunk):
+    """Of one loaded model make actor, critic and reference. InputError: no peft."""
+    try:
+        import peft
+    except ImportError:
+        raise InputError(f"lora_rank = {lora_rank} needs peft: pip install peft, or set it to 0"
+                         ) from None
+    if world_size() > 1:
+        raise InputError(f"lora_rank = {lora_rank}: adapters train in one process: set it to 0")
+    config = peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear",
+                             task_type="CAUSAL_LM", base_model_name_or_path=actor_name)
+    tuner = peft.LoraModel(trunk, dict(actor=config, critic=config), "actor")  # in the trunk itself
+    tuner.inject_adapter(trunk, "critic")
+    critic_model = Critic(Adapted(trunk.base_model, "critic")).eval()
+    return Adapted(trunk, "actor").eval(), critic_model, Adapted(trunk, None).eval()
 
 # ---- 16. Offline demo: the two steps before PPO, small enough for a laptop -----------------------
 # A person asks for something. A reply is helpful, plain or rude, on topic or off, with a reason or
@@ -1717,13 +1982,6 @@ def check_constants():
         if wrong:
             raise InputError(sentence)
 
-def show_model(name, model):
-    if not isinstance(model, nn.Module):
-        return say(f"  {name:8s}{getattr(model, '__name__', 'a function')}")
-    count, trained = sum(p.numel() for p in model.parameters()), name in ("actor", "critic")
-    say(f"  {name:8s}{type(model.base_model).__name__:20s}{count / 1e6:10.2f} M parameters, "
-        f"{'trained' if trained else 'frozen '} {count * (16 if trained else 4) / 2**20:10.1f} MiB")
-
 def show_results(run):
     """Held-out prompts before and after, and their means."""
     if not run.before:
@@ -1758,32 +2016,14 @@ def main():
     if prompts_dataset.truncated:
         say(f"{prompts_dataset.truncated} of {len(prompts_dataset)} prompts are longer than "
             f"max_length = {max_length} tokens and lose their beginning")
-    actor_model, ref_model = (load_model("actor_name", actor_name) for _ in range(2))
-    reward_model, reward_tokenizer = reward_fn, None
+    reward_tokenizer = None if reward_fn else load_tokenizer("reward_name", reward_name)
+    show_bill()
+    models = make_models(load_model)
     if reward_fn is None:
-        reward_tokenizer = load_tokenizer("reward_name", reward_name)
-        reward_model = load_model("reward_name", reward_name).requires_grad_(False)
-        if reward_model.config.pad_token_id is None:
-            reward_model.config.pad_token_id = reward_tokenizer.pad_token_id
+        if models[2].config.pad_token_id is None:
+            models[2].config.pad_token_id = reward_tokenizer.pad_token_id
         if reward_tokenizer.pad_token_id == reward_tokenizer.eos_token_id:
             say("reward_name pads with its end token: it will score at the token before the end")
-    critic_model = make_critic(actor_model, reward_model)
-    if critic_name is not None:
-        critic_model = Critic(load_model("critic_name", critic_name).base_model).eval()
-    for constant, model in (("actor_name", actor_model), ("critic_name", critic_model.base_model)):
-        config = model.config.get_text_config()
-        positions = getattr(config, "max_position_embeddings", None) or math.inf
-        if max_length + max_new_tokens > positions:
-            raise InputError(f"max_length + max_new_tokens = {max_length + max_new_tokens}, but "
-                             f"{constant} has {positions} positions: lower one of them")
-        if config.vocab_size < actor_model.config.get_text_config().vocab_size:
-            raise InputError(f"{constant} = {critic_name!r} knows fewer tokens than actor_name")
-    if gradient_checkpointing:  # `recomputing` switches it on where it is wanted
-        for model in (actor_model, critic_model.base_model):
-            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    models = (actor_model, critic_model, reward_model, ref_model.requires_grad_(False))
-    for name, model in zip(("actor", "critic", "reward", "ref"), models):
-        show_model(name, model)
     path = find_checkpoint()
     if path is None and os.path.exists(run_folder()):
         aside = next(f"{run_folder()}.{n}" for n in itertools.count(1)
