@@ -1600,7 +1600,9 @@ def measure(name, model):
     inputs = (seqs, torch.ones_like(seqs), max_new_tokens)
     with Watch() as work, torch.set_grad_enabled(trained), recomputing(model):
         if name == "reward":
-            model(*inputs[:2])
+            model.config.pad_token_id = model.config.pad_token_id or 0  # main sets a missing one
+            limit = getattr(model.config, "max_position_embeddings", None)  # longer texts are cut
+            model(input_ids=seqs[:, :limit], attention_mask=inputs[1][:, :limit])
         elif name == "critic":
             model(*inputs).sum().backward()
         else:
@@ -1649,11 +1651,14 @@ def show_bill():
     stay = unittest.mock.patch.object(nn.Module, "to", lambda module, *_, **__: module)
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
     say("  MiB     parameters    weights  gradients       Adam   training   generate")
+    bills = []
     with mode, stay, torch.device(device):
-        bills = []
         for name, model in zip(("actor", "critic", "reward", "ref"), make_models(load_empty)):
             if isinstance(model, nn.Module):
-                bills.append(measure(name, model))
+                try:
+                    bills.append(measure(name, model))
+                except Exception as error:  # a forward that looks at its numbers: there are none
+                    return say(f"  no bill, {name} cannot be run without memory: {error}"[:100])
                 say(f"  {name:8s}{sum(p.numel() for p in model.parameters()) / 1e6:10.2f} M"
                     + "%11.1f" * 5 % tuple(x / 2 ** 20 for x in bills[-1]))
     fixed, work = zip(*((sum(bill[:3]), max(bill[3:])) for bill in bills))
@@ -1670,7 +1675,7 @@ def show_bill():
             "micro_rollout_batch_size, then micro_train_batch_size; set gradient_checkpointing = "
             "True, then lora_rank = 16; lower max_new_tokens")
 
-# ---- 15. Adapters: four models on one trunk ----------------------------------------------------
+# ---- 16. Adapters: four models on one trunk ----------------------------------------------------
 
 class Adapted(nn.Module):
     """One of the models that share a trunk: in its forward the adapter `name` works alone, or none
@@ -1700,7 +1705,7 @@ class Adapted(nn.Module):
             layer.enable_adapters(self.name is not None)
             layer.set_adapter(self.name or [])
         for key, p in self.trunk.named_parameters():
-            p.requires_grad_(".lora_" in key)  # peft freezes those that are off, but all are trained
+            p.requires_grad_(".lora_" in key)  # peft freezes what is off
         for module in self.trunk.modules():  # `recomputing` has set it for this model alone
             module.training = self.training and getattr(module, "gradient_checkpointing", False)
         return self.trunk
@@ -1744,7 +1749,7 @@ def add_adapters(trunk):
     critic_model = Critic(Adapted(trunk.base_model, "critic")).eval()
     return Adapted(trunk, "actor").eval(), critic_model, Adapted(trunk, None).eval()
 
-# ---- 16. Offline demo: the two steps before PPO, small enough for a laptop -----------------------
+# ---- 17. Offline demo: the two steps before PPO, small enough for a laptop -----------------------
 # A person asks for something. A reply is helpful, plain or rude, on topic or off, with a reason or
 # without, all independently; fine-tuning copies that mixture, and PPO has to find its best corner.
 ASKS = ["suggest a {} for {} .", "which {} fits {} ?", "i need a {} for {} .", "any {} for {} ?",
@@ -1919,7 +1924,7 @@ def build_demo(folder, seed):
             file.writelines(f"{line}\n" for line in lines)
     os.rename(unfinished, folder)
 
-# ---- 17. Main ----------------------------------------------------------------------------------
+# ---- 18. Main ----------------------------------------------------------------------------------
 
 def check_constants():
     """InputError for the first constant that cannot be, with what can."""
