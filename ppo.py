@@ -24,6 +24,7 @@ Symbols, one letter one meaning:
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import glob
 import hashlib
@@ -49,6 +50,7 @@ import numpy
 import safetensors.torch
 import tokenizers
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import nn
@@ -521,8 +523,8 @@ def generate_samples(prompts, model, actor_tokenizer, max_length, max_new_tokens
             [item["text"] for item in part], add_special_tokens=add_special_tokens, padding=True,
             truncation=True, max_length=max_length, return_tensors="pt").to(model.device)
         prompt_ids, prompt_mask = inputs["input_ids"], inputs["attention_mask"]  # (B, P)
-        with autocast(model), plain_sampling(model, end_tokens, actor_tokenizer.pad_token_id,
-                                             temperature, max_new_tokens):
+        with undivided(model), autocast(model), plain_sampling(
+                model, end_tokens, actor_tokenizer.pad_token_id, temperature, max_new_tokens):
             seqs = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask)
         action_mask = get_action_mask(seqs[:, prompt_ids.shape[1]:], end_tokens)
         attention_mask = torch.cat([prompt_mask, action_mask], dim=1)
@@ -701,7 +703,7 @@ def evaluate(dataset, actor_model, critic_model, reward_model, ref_model, sampli
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         samples_list = generate_samples(
-            list(dataset), actor_model, **{**sampling, "n_samples_per_prompt": 1})
+            my_share(list(dataset)), actor_model, **{**sampling, "n_samples_per_prompt": 1})
         return generate_experiences(samples_list, actor_model, critic_model, reward_model,
                                     ref_model, **scoring)[:len(dataset)]
 
@@ -853,7 +855,7 @@ def load_model(constant, name):
     missing = sorted(info["missing_keys"])
     if missing and constant != "critic_name":
         raise InputError(f"{constant} = {name!r} has no trained {missing[0]}: name another model")
-    return model.to(device).eval()  # dropout would move the ratio before any step (Trap 20)
+    return model.eval()  # dropout would move the ratio before any step (Trap 20)
 
 def make_models(load_model):
     """load_model(constant, name) -> actor, critic, reward model, reference. Of the bill's loader,
@@ -1062,8 +1064,6 @@ class Run:
     def goes_on(self):
         """Is there another rollout? Remembers its start, in case that it is dropped."""
         self.snapshot = take_snapshot(self.state)
-        if self.stopping and self.state.rollout < self.rollouts:
-            self.stop()
         return self.state.rollout < self.rollouts
 
     def stop(self):
@@ -1103,6 +1103,8 @@ class Run:
         """Times a phase, and says where a loss that is not finite came up."""
         start, self.now = time.perf_counter(), name
         try:
+            if any(gather(self.stopping)):
+                raise Stopped
             yield
         except BaseException as error:
             self.release_signals()
@@ -1203,8 +1205,9 @@ class Run:
 
     def save_actor(self, name):
         """runs/<run_name>/<name>: an ordinary folder for `from_pretrained`, with the tokenizer."""
+        weights = to_whole(self.models[0].state_dict())
         write_folder(os.path.join(run_folder(), name), lambda folder: save_model(
-            self.models[0], self.sampling["actor_tokenizer"], folder))
+            self.models[0], weights, self.sampling["actor_tokenizer"], folder))
 
     def finish(self):
         self.release_signals()
@@ -1238,6 +1241,8 @@ def put_random(snapshot):
 def write_folder(path, write):
     """Calls write(folder) on a temporary folder, flushes that to disk, renames it to `path`: at any
     time there is the whole of it, or what was there before. -> did it work? Says so if not."""
+    if rank() > 0:
+        return gather(None)[0]  # waits for the first, and for what it tells
     temporary = path + ".tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -1259,8 +1264,8 @@ def write_folder(path, write):
         if os.path.exists(path + ".old") and not os.path.exists(path):
             os.rename(path + ".old", path)
         say(f"  ! {path} was not written ({error}); what was saved before is whole")
-        return False
-    return True
+        return gather(False)[0]
+    return gather(True)[0]
 
 def flush(path):
     """A file to disk -> its hash."""
@@ -1268,31 +1273,33 @@ def flush(path):
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-def save_model(model, tokenizer, folder):
-    model.save_pretrained(folder)
+def save_model(model, weights, tokenizer, folder):
+    weights = {k: w for k, w in weights.items() if k not in model.all_tied_weights_keys}
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 
 def save_checkpoint(run):
     path = os.path.join(run_folder(), "checkpoints",
                         f"rollout-{run.snapshot['state']['rollout']:06d}")
-    if os.path.exists(path):  # of this very state: newer ones are put aside on resume
+    if gather(os.path.exists(path))[0]:  # of this very state: newer ones are put aside on resume
         return True
+    actor, critic = (to_whole(model.state_dict()) for model in run.models[:2])
+    rest = dict(constants=get_constants(), processes=gather(run.snapshot),
+                optimizers=[to_whole(optimizer.state_dict()) for optimizer in run.optimizers])
 
     def write(folder):
         if run.writer:
             run.writer.flush()  # a run that goes on from here will not write these points again
         if lora_rank:
-            safetensors.torch.save_model(run.models[0], os.path.join(folder, "actor.safetensors"))
+            safetensors.torch.save_file(actor, os.path.join(folder, "actor.safetensors"))
         else:
-            save_model(run.models[0], run.sampling["actor_tokenizer"],
+            save_model(run.models[0], actor, run.sampling["actor_tokenizer"],
                        os.path.join(folder, "actor"))
-        safetensors.torch.save_model(run.models[1], os.path.join(folder, "critic.safetensors"))
-        optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
-        torch.save(dict(run.snapshot, constants=get_constants(), optimizers=optimizers),
-                   os.path.join(folder, "rest.pt"))
+        safetensors.torch.save_file(critic, os.path.join(folder, "critic.safetensors"))
+        torch.save(rest, os.path.join(folder, "rest.pt"))
 
     saved = write_folder(path, write)
-    for old in list_checkpoints()[:-keep_checkpoints]:
+    for old in list_checkpoints()[:-keep_checkpoints] if rank() == 0 else []:
         shutil.rmtree(old, ignore_errors=True)
     return saved
 
@@ -1303,7 +1310,7 @@ def list_checkpoints():
 
 def find_checkpoint():
     """What the constant `resume` means -> the path of a whole checkpoint, or None."""
-    path = (list_checkpoints() or [None])[-1] if resume == "latest" else resume
+    path = gather((list_checkpoints() or [None])[-1])[0] if resume == "latest" else resume
     if path is None:
         return None
     path = os.path.normpath(path)
@@ -1338,23 +1345,31 @@ def load_checkpoint(path, run):
     try:
         folder = os.path.join(path, "actor")
         if lora_rank:
-            safetensors.torch.load_model(run.models[0], folder + ".safetensors")
+            actor = safetensors.torch.load_file(folder + ".safetensors")
         else:
-            saved = type(run.models[0]).from_pretrained(folder, dtype=torch.float32)
-            run.models[0].load_state_dict(saved.state_dict())
-        safetensors.torch.load_model(run.models[1], os.path.join(path, "critic.safetensors"))
-        for optimizer, state in zip(run.optimizers, rest["optimizers"]):
-            optimizer.load_state_dict(state)
+            actor = type(run.models[0]).from_pretrained(folder, dtype=torch.float32).state_dict()
+        critic = safetensors.torch.load_file(os.path.join(path, "critic.safetensors"))
+        for model, weights, optimizer, saved in zip(
+                run.models, (actor, critic), run.optimizers, rest["optimizers"]):
+            own, params = model.state_dict(), optimizer.param_groups[0]["params"]
+            model.load_state_dict({k: to_part(w, own.get(k, w)) for k, w in weights.items()})
+            for i, state in saved["state"].items():
+                saved["state"][i] = {k: to_part(t, params[i]) for k, t in state.items()}
+            optimizer.load_state_dict(saved)
     except Exception as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"resume: {path} does not fit these models: {reason}") from None
     name = os.path.basename(path)
-    for newer in list_checkpoints():
+    for newer in list_checkpoints() if rank() == 0 else []:
         if os.path.basename(newer) >= name and not os.path.samefile(newer, path):  # not this course
             shutil.rmtree(newer + ".aside", ignore_errors=True)
             os.rename(newer, newer + ".aside")
-    run.state = State(**rest["state"])
-    put_random(rest)
+    processes = rest["processes"]
+    run.state = State(**processes[0]["state"])
+    if len(processes) == world_size():
+        put_random(processes[rank()])
+    else:
+        say(f"  resume: random numbers start anew, there were {len(processes)} process(es)")
     say(f"resumed from {path}")
 
 # ---- 12. Self-check ----------------------------------------------------------------------------
@@ -1441,8 +1456,9 @@ def compare_sampler(actor, tokenizer, prompts):
     """The largest difference of what `generate` draws from to softmax(logits / temperature)."""
     inputs = tokenizer([item["text"] for item in prompts], return_tensors="pt", padding=True,
                        truncation=True, max_length=max_length).to(device)
-    with plain_sampling(actor, get_end_tokens(actor, tokenizer), tokenizer.pad_token_id,
-                        temperature, min(max_new_tokens, 8)):
+    with undivided(actor), plain_sampling(
+            actor, get_end_tokens(actor, tokenizer), tokenizer.pad_token_id, temperature,
+            min(max_new_tokens, 8)):
         output = actor.generate(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
             return_dict_in_generate=True, output_scores=True, output_logits=True)
@@ -1467,14 +1483,16 @@ def check_update(run, samples_list, rows, check):
                       for model in (actor, critic)]
         train_step(good, actor, critic, *optimizers, size, temperature, loss_agg=loss_agg,
                    max_grad_norm=math.inf)
-        gradients.append(torch.cat([p.grad.flatten()[:10_000] for model in (actor, critic)
-                                    for p in model.parameters() if p.grad is not None]))
+        grads = [p.grad for model in (actor, critic) for p in model.parameters()
+                 if p.grad is not None]
+        gradients.append(torch.cat([getattr(grad, "full_tensor", grad.clone)().flatten()[:10_000]
+                                    for grad in grads]))
     off = (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max().clamp(min=1e-12)
     exact = 1e-3 if device == "cpu" else math.inf
     check("micro-batches of 1 and of all: one gradient", off < exact, f"differs by {off:.1e}",
           "Each loss needs the denominator of the whole step")
     modules = [model for model in run.models if isinstance(model, nn.Module)]
-    weights = [{p.data_ptr() for p in model.parameters()} for model in modules]
+    weights = [{p.data_ptr() for p in model.parameters()} - {0} for model in modules]
     shared = sum(len(a & b) for i, a in enumerate(weights[:2]) for b in weights[i + 1:])
     touched = sum(p.grad is not None for model in modules[2:] for p in model.parameters())
     check("no trained weight is shared", not shared, f"{shared} are", "deepcopy one of its owners")
@@ -1488,25 +1506,106 @@ def check_update(run, samples_list, rows, check):
               f"scores {min(scores):.2f} to {max(scores):.2f}", "Does it read what it should?")
 
 # ---- 13. Several processes ---------------------------------------------------------------------
+#
+# `torchrun --nproc_per_node=N ppo.py`: each process holds an N-th of every weight of all models, of
+# its gradient and its Adam, and borrows the rest of a layer when that is used (torch's FSDP2). It
+# does an N-th of a rollout and of a minibatch; the finished rows are known to all, who compute the
+# same from them. Who gathers waits for the others: all must come by the same gathers in turn.
 
 def world_size():
-    return 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+def rank():
+    return dist.get_rank() if world_size() > 1 else 0
+
+def start_processes():
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        store, number, count = next(dist.rendezvous("env://"))
+        if os.environ["GROUP_WORLD_SIZE"] == "1":  # a restart would find addresses of before
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        hour = datetime.timedelta(hours=1)  # may the first one write while the others wait
+        dist.init_process_group(store=store, rank=number, world_size=count, timeout=hour)
+
+def place(model):
+    """To the device; of several processes each gets its part."""
+    if world_size() == 1 or not isinstance(model, nn.Module):
+        return model.to(device) if isinstance(model, nn.Module) else model
+    from torch.distributed.fsdp import fully_shard  # here, for it takes two seconds
+    warnings.filterwarnings("ignore", ".*returned a view tensor")  # V is not changed in place
+    mesh = dist.init_device_mesh(device, (world_size(),))
+    layer = transformers.modeling_layers.GradientCheckpointingLayer
+    for module in [*(m for m in model.modules() if isinstance(m, layer)), model]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    return model
+
+@contextlib.contextmanager
+def undivided(model):
+    """For `generate`: the whole model in each process, or every token would send for it."""
+    parts = [module for module in model.modules() if hasattr(module, "unshard")]
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False)
+    yield
+    for part in parts:
+        part.reshard()
+        part.set_reshard_after_forward(True)
 
 def say(text):
-    print(text, flush=True)
+    if rank() == 0:
+        print(text, flush=True)
+
+def gather(thing):
+    """-> a list of what each process gave, in all of them."""
+    things = [thing] * world_size()
+    if len(things) > 1:
+        dist.all_gather_object(things, thing)
+    return things
 
 def my_share(rows):
-    return rows
+    """In each process as many; where they do not divide, the first come again at the end."""
+    size = math.ceil(len(rows) / world_size())
+    return list(itertools.islice(itertools.cycle(rows), size * rank(), size * (rank() + 1)))
 
 def gather_rows(rows):
-    return rows
+    """The rows of all processes, in the order that one alone would have."""
+    def move(row, target):  # a copy: of a view, pickle would send all that is behind it
+        tensors = {k: v.to(target, copy=True) for k, v in vars(row).items() if hasattr(v, "copy_")}
+        return dataclasses.replace(row, **tensors)
+
+    if world_size() == 1:
+        return rows
+    parts = gather([move(row, "cpu") for row in rows])
+    return [move(row, rows[0].seqs.device) for part in parts for row in part]
 
 def over_processes(metrics):
-    return metrics
+    """Sums and a maximum; of the losses, which have the denominator of a share, the mean."""
+    parts = gather(metrics)
+    joins = dict(ratio_max=max, policy_loss=numpy.mean, value_loss=numpy.mean)
+    return {name: float(joins.get(name, sum)([p[name] for p in parts])) for name in metrics}
 
 def clip_gradients(model, max_norm):
-    """Scales gradients down to a norm of max_norm -> the norm before."""
-    return float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+    """Scales gradients down to a norm of max_norm -> the norm before, that of all parts."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return float(norm.full_tensor() if world_size() > 1 else norm)
+
+def to_whole(tree):
+    """A state dict -> one with whole tensors for the first process to write, None for others."""
+    if isinstance(tree, dict):
+        return {name: to_whole(value) for name, value in tree.items()}
+    if hasattr(tree, "full_tensor"):
+        whole = tree.full_tensor()
+        return whole.cpu() if rank() == 0 else None
+    return tree
+
+def to_part(tensor, like):
+    """The part of a whole tensor that this process has of `like`."""
+    if tensor.shape != like.shape or not hasattr(like, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements,
+                             src_data_rank=None).clone()  # a view would keep the whole
 
 @contextlib.contextmanager
 def recomputing(model):
@@ -1684,7 +1783,7 @@ class Adapted(nn.Module):
     def __init__(self, trunk, name):
         super().__init__()
         self.__dict__["trunk"] = trunk  # past nn.Module: its weights are not all this model's
-        self.name, self.config, self.device = name, trunk.config, trunk.device
+        self.name, self.config = name, trunk.config
         self.layers = [module for module in trunk.modules() if hasattr(module, "base_layer")]
         self.activation_checkpointing_enable = trunk.activation_checkpointing_enable
         for key, p in trunk.named_parameters():
@@ -1694,6 +1793,7 @@ class Adapted(nn.Module):
     def __deepcopy__(self, memo):
         return self  # so Critic takes the trunk for its body: two adapters share nothing trained
 
+    device = property(lambda self: self.trunk.device)
     generation_config = property(
         lambda self: self.trunk.generation_config,
         lambda self, config: setattr(self.trunk, "generation_config", config))
@@ -1983,6 +2083,10 @@ def check_constants():
              f"micro_train_batch_size = {micro_train_batch_size} must divide train_batch_size"),
             (policy_loss == "ppo1" and target_kl is None, "policy_loss = 'ppo1' needs a target_kl"),
             (kl_coef_start and not kl_coef, "kl_coef_start needs a kl_coef above 0 to anneal to"),
+            (lora_rank and world_size() > 1, "lora_rank above 0 and several processes: use one"),
+            (rollout_batch_size % world_size() or train_batch_size % world_size(),
+             "rollout_batch_size and train_batch_size must be multiples of the number of "
+             f"processes, {world_size()}"),
             (kl_coef_start and kl_target, "kl_coef_start and kl_target: use one of them")):
         if wrong:
             raise InputError(sentence)
@@ -2004,15 +2108,17 @@ def show_results(run):
 
 def main():
     global gold_fn
+    start_processes()
     check_constants()
-    transformers.set_seed(seed)
+    transformers.set_seed(seed + 1_000_003 * rank())  # each samples for itself
     transformers.utils.logging.disable_progress_bar()
     for source in (prompts_file, eval_prompts_file):  # a wrong one is told before a minute's work
         if source and not (isinstance(source, str) and source.startswith("demo/")):
             read_prompts(source)
     if actor_name == "demo/actor":
-        if not os.path.isdir("demo"):
+        if rank() == 0 and not os.path.isdir("demo"):
             build_demo("demo", seed)
+        gather("is there")
         gold_fn = gold_fn or gold
     actor_tokenizer = load_tokenizer("actor_name", actor_name)
     prompts_dataset, eval_dataset = (
@@ -2023,33 +2129,39 @@ def main():
             f"max_length = {max_length} tokens and lose their beginning")
     reward_tokenizer = None if reward_fn else load_tokenizer("reward_name", reward_name)
     show_bill()
-    models = make_models(load_model)
+    models = [place(model) for model in make_models(load_model)]
     if reward_fn is None:
         if models[2].config.pad_token_id is None:
             models[2].config.pad_token_id = reward_tokenizer.pad_token_id
         if reward_tokenizer.pad_token_id == reward_tokenizer.eos_token_id:
             say("reward_name pads with its end token: it will score at the token before the end")
     path = find_checkpoint()
-    if path is None and os.path.exists(run_folder()):
+    if path is None and rank() == 0 and os.path.exists(run_folder()):
         aside = next(f"{run_folder()}.{n}" for n in itertools.count(1)
                      if not os.path.exists(f"{run_folder()}.{n}"))
         os.rename(run_folder(), aside)
         say(f"the earlier {run_folder()} is now {aside}")
     from torch.utils.tensorboard import SummaryWriter
     # Said in a fresh run too: TensorBoard purges nothing at the first such mark in a folder.
-    writer = SummaryWriter(run_folder(), purge_step=int(path[-6:]) + 1 if path else 0)
+    writer = None
+    if rank() == 0:
+        writer = SummaryWriter(run_folder(), purge_step=int(path[-6:]) + 1 if path else 0)
     run = train(prompts_dataset, eval_dataset, *models, actor_tokenizer, reward_tokenizer, writer)
     run.save_actor("final")
-    writer.close()
+    if writer:
+        writer.close()
     show_results(run)
     say(f"\nthe actor is in {run_folder()}/final; curves: tensorboard --logdir runs")
+    if world_size() > 1:
+        dist.destroy_process_group()
 
 if __name__ == "__main__":
     try:
         main()
     except InputError as error:
+        time.sleep(5 * (rank() > 0))  # of several that say the same only the first does
         sys.exit(f"ppo.py: {error}")
     except Stopped as error:
-        sys.exit(str(error))
+        sys.exit(str(error) if rank() == 0 else 1)
     except KeyboardInterrupt:
         sys.exit("stopped")
