@@ -2862,9 +2862,9 @@ def read_end(folder):
     tiny = folder / "runs" / "tiny"
     last = Path(sorted(glob.glob(f"{tiny}/checkpoints/rollout-{'[0-9]' * 6}"))[-1])
     rest = torch.load(last / "rest.pt", weights_only=True)
-    end = {"checkpoint": last.name, "events": read_events(folder),
+    del rest["constants"]  # `resume` is another
+    end = {"checkpoint": last.name, "events": read_events(folder), "rest": rest,
            "critic": safetensors.torch.load_file(last / "critic.safetensors")}
-    end |= {name: rest[name] for name in ("state", "torch", "optimizers")}
     end |= {name: safetensors.torch.load_file(place / "model.safetensors") for name, place in (
         ("actor", last / "actor"), ("final", tiny / "final"), ("best", tiny / "best"))}
     return dict(flatten(end, ""))
@@ -2927,6 +2927,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, place):
     assert code == -9 or place == "anywhere" and code == 0, log
     left = glob.glob(f"{tmp_path}/runs/tiny/checkpoints/*.tmp")
     assert place == "anywhere" or len(left) == (place == "save")
+    for path in left:  # nor does one stay that would not be written again
+        shutil.copytree(path, path.replace("4.tmp", "1.tmp"), dirs_exist_ok=True)
     constants = whole.constants | dict(resume="latest")
     if place == "generate":
         code = start_real(tmp_path, constants | dict(self_check="stop")).wait(timeout=120)
@@ -3071,7 +3073,7 @@ def test_failed_saves_do_not_end_the_run_and_change_nothing(whole, tmp_path):
     """Each of the libraries that write fails once, after the first of six saves."""
     def hook():
         strike_in(torch, "save", 1, 1, no_space)
-        strike_in(safetensors.torch, "save_model", 2, 1, no_space)
+        strike_in(safetensors.torch, "save_file", 2, 1, no_space)
         strike_in(os, "fsync", 3, 1, no_space)
         strike_in(transformers.PreTrainedTokenizerFast, "save_pretrained", 4, 1, no_space)
 
@@ -3526,3 +3528,277 @@ def test_trace_cannot_steer_the_terminal_and_cuts_long_responses(place):
     assert all(len(line) <= 100 and line.isprintable() for line in text.splitlines())
     assert "136 tokens more" in text and len(text.splitlines()) == 5 + 64 + 1
     assert "-0.0000" not in text
+
+
+# ==================================================================================================
+# G. Several processes
+# ==================================================================================================
+
+demo_tokenizer = ppo.make_demo_tokenizer()
+DEMO_PROMPTS = list(ppo.make_grammar()[0])[::7]
+
+
+def make_divided_models(seed=0, hidden=32):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=len(demo_tokenizer), hidden_size=hidden, intermediate_size=2 * hidden,
+        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
+        tie_word_embeddings=True, initializer_range=0.1, num_labels=1, bos_token_id=None,
+        pad_token_id=demo_tokenizer.pad_token_id, eos_token_id=demo_tokenizer.eos_token_id)
+    actor = transformers.LlamaForCausalLM(config).eval()
+    reward = transformers.LlamaForSequenceClassification(config).eval().requires_grad_(False)
+    ref = copy.deepcopy(actor).requires_grad_(False)
+    models = actor, ppo.make_critic(actor, reward), reward, ref
+    torch.manual_seed(ppo.seed + 1_000_003 * ppo.rank())
+    return [ppo.place(model) for model in models]
+
+
+def fixed_samples(prompts, model, actor_tokenizer, max_length, max_new_tokens, n_samples_per_prompt,
+                  micro_rollout_batch_size, temperature=1.0, add_special_tokens=True):
+    """Like generate_samples, but a response depends on its prompt alone."""
+    items, samples_list = [p for p in prompts for _ in range(n_samples_per_prompt)], []
+    for n, item in enumerate(items):
+        rng = random.Random(f"{item['text']} {n % n_samples_per_prompt}")
+        ids = actor_tokenizer(item["text"], add_special_tokens=False)["input_ids"]
+        T = rng.randint(1, max_new_tokens)
+        actions = [rng.randrange(5, len(demo_tokenizer)) for _ in range(T - 1)] + [demo_tokenizer.eos_token_id]
+        seqs = torch.tensor([ids + actions])
+        samples_list.append(ppo.Samples(
+            seqs, torch.ones_like(seqs), torch.ones(1, T, dtype=torch.long), T, torch.tensor([True]),
+            [item], [actor_tokenizer.decode(actions, skip_special_tokens=True)]))
+    return samples_list
+
+
+SHIPPED = {name: getattr(ppo, name) for name in ppo.CONSTANTS}
+
+
+def set_shipped_constants(**constants):
+    defaults = SHIPPED | dict(run_name=ppo.run_name) | dict(episodes=1, rollout_batch_size=8, n_samples_per_prompt=2, train_batch_size=8,
+                    micro_train_batch_size=2, micro_rollout_batch_size=4, max_new_tokens=8, max_epochs=2,
+                    save_every=0, eval_every=0, resume=None, self_check="off", critic_warmup=0, trace_every=0,
+                    actor_lr=1e-4, critic_lr=1e-4, max_length=24, seed=1, kl_coef=0.05, gold_fn=None)
+    for name, value in {**defaults, **constants}.items():
+        assert hasattr(ppo, name), name
+        setattr(ppo, name, value)
+    ppo.check_constants()
+
+
+def train_divided(prompts=DEMO_PROMPTS[:16], eval_prompts=None, models=None, **constants):
+    set_shipped_constants(**constants)
+    models = models or make_divided_models()
+    make = lambda source: source and ppo.PromptDataset(source, demo_tokenizer, True, ppo.max_length)
+    run = ppo.train(make(prompts), make(eval_prompts), *models, demo_tokenizer, demo_tokenizer, None)
+    return run, [{k: whole_of(p) for k, p in m.state_dict().items()} for m in run.models[:2]]
+
+
+def whole_of(p):
+    return (p.full_tensor() if hasattr(p, "full_tensor") else p).clone()
+
+
+def digest(weights):
+    return [[(k, w.double().sum().item(), w.view(torch.int32).sum().item()) for k, w in m.items()] for m in weights]
+
+
+def in_processes_same_weights(out):
+    """Two rollouts on fixed responses, everything on that joins rows of several processes."""
+    real, ppo.generate_samples, found = ppo.generate_samples, fixed_samples, []
+    try:
+        for name, constants in dict(
+                plain=dict(),
+                busy=dict(normalize_scores=True, whiten_rewards=True, kl_target=2.0, entropy_coef=0.01,
+                          loss_agg="seq-mean-token-mean", value_clip_eps=0.2, dual_clip=3.0, max_grad_norm=0.1),
+                ppo1=dict(policy_loss="ppo1", target_kl=0.001, kl_in="loss", truncated="bootstrap",
+                          loss_agg="seq-mean-token-sum", gradient_checkpointing=True)).items():
+            run, weights = train_divided(prompts=DEMO_PROMPTS[:16 if name == "plain" else 8], **constants)
+            found += [run.state.kl_coef, run.state.ppo1_beta, *run.state.score_moments]
+            if ppo.rank() == 0:
+                torch.save(weights, f"{out}.{name}.pt")
+    finally:
+        ppo.generate_samples = real
+    return dict(found=found)
+
+
+def in_processes_memory(out):
+    """Bytes of this process' parts: weights, Adam."""
+    run, _ = train_divided(prompts=DEMO_PROMPTS[:8], max_epochs=1)
+    local = lambda t: (t.to_local() if hasattr(t, "to_local") else t)
+    size = lambda ts: sum(local(t).numel() * local(t).element_size() for t in ts)
+    return dict(weights=[size(m.parameters()) for m in run.models],
+                adam=[size(t for s in o.state.values() for t in s.values() if t.dim()) for o in run.optimizers])
+
+
+def in_processes_resume(out):
+    """A run of 4 rollouts, and one that goes on from its second: bits."""
+    ppo.run_name = "resumed"
+    constants = dict(rollout_batch_size=4, save_every=2, keep_checkpoints=5, critic_warmup=3)
+    _, whole = train_divided(eval_prompts=DEMO_PROMPTS[30:35], **constants)
+    path = sorted(glob.glob("runs/resumed/checkpoints/rollout-*"))[0]
+    _, again = train_divided(eval_prompts=DEMO_PROMPTS[30:35], **constants | dict(resume=path))
+    files = sorted(os.listdir(path + "/actor"))
+    saved = transformers.AutoModelForCausalLM.from_pretrained(
+        sorted(glob.glob("runs/resumed/checkpoints/rollout-*"))[-1] + "/actor").state_dict()
+    ppo.gather(None)
+    return dict(path=os.path.basename(path), same=digest(whole) == digest(again), files=files,
+                saved=max((saved[k] - whole[0][k]).abs().max().item() for k in saved),
+                actor_moved=digest(whole)[0] != digest([{k: whole_of(p) for k, p in make_divided_models()[0].state_dict().items()}])[0])
+
+
+def in_processes_stop(out):
+    """A signal to the last process alone."""
+    ppo.run_name = "stop"
+    def reward(prompts, responses, **columns):
+        if ppo.rank() == ppo.world_size() - 1:
+            reward.calls += 1
+            if reward.calls == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return [float(len(r)) for r in responses]
+    reward.calls = 0
+    models = make_divided_models()
+    models[2] = reward
+    try:
+        train_divided(models=models, episodes=4)
+    except ppo.Stopped:
+        return dict(stopped=True, saved=[os.path.basename(p) for p in ppo.list_checkpoints()])
+    return dict(stopped=False)
+
+
+def in_processes_not_finite(out):
+    """A gradient of the last process alone that is not finite."""
+    ppo.run_name, real = "not_finite", ppo.compute_value_loss
+    ppo.compute_value_loss = lambda *a, **k: real(*a, **k) * (math.nan if ppo.rank() == ppo.world_size() - 1 else 1)
+    models = make_divided_models()
+    before = digest([{k: whole_of(p) for k, p in m.state_dict().items()} for m in models[:2]])
+    try:
+        train_divided(models=models)
+    except ppo.InputError as error:
+        after = digest([{k: whole_of(p) for k, p in m.state_dict().items()} for m in models[:2]])
+        return dict(error=str(error), unmoved=before == after, saved=os.path.isdir("runs/not_finite/stopped"))
+    finally:
+        ppo.compute_value_loss = real
+
+
+def in_processes_early_stop(out):
+    """The KL that ends a rollout's epochs is one number in all processes."""
+    run, weights = train_divided(target_kl=1e-9, actor_lr=1e-2, self_check="stop", eval_prompts=DEMO_PROMPTS[30:33])
+    return dict(rollouts=run.state.rollout, evaluated=len(run.after), digest=digest(weights)[0][:2],
+                random=torch.rand(1).item())
+
+
+def in_processes_generate(out):
+    """Responses of other lengths in each process, with no step in common; then parts again."""
+    actor = make_divided_models()[0]
+    with ppo.undivided(actor):
+        ids = actor.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2 + 9 * ppo.rank(),
+                             eos_token_id=None, synced_gpus=False)
+    return dict(length=ids.shape[1], whole=sum(p.numel() for p in actor.parameters()),
+                local=sum(p.to_local().numel() for p in actor.parameters()))
+
+
+NAMES = "same_weights memory generate resume stop not_finite early_stop".split()
+
+
+def start_processes(folder, count, *names):
+    """-> {name: its result in each process}"""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    out = subprocess.run(
+        [sys.executable, *torchrun, os.path.abspath(__file__), str(folder / "out"),
+         *names], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+    assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-6000:]
+    lines = [[json.loads(line) for line in open(folder / f"out.{i}.json")] for i in range(count)]
+    return {name: [next(r for r in of if r["name"] == name) for of in lines] for name in names} | {"log": out.stdout}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return folder, {name: [globals()["in_processes_" + name](f"{folder}/out")] for name in ("same_weights", "memory")}
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return folder, start_processes(folder, 2, *NAMES)
+
+
+def assert_same(one_process, several):
+    for name in ("plain", "busy", "ppo1"):
+        for a, b in zip(*(torch.load(folder / f"out.{name}.pt") for folder in (one_process[0], several[0]))):
+            assert a.keys() == b.keys()
+            for key in a:
+                torch.testing.assert_close(a[key], b[key], atol=1e-5, rtol=0, msg=lambda m: f"{name} {key}: {m}")
+    for result in several[1]["same_weights"]:  # KL controllers and running moments of scores
+        assert result["found"] == pytest.approx(one_process[1]["same_weights"][0]["found"], rel=1e-5)
+
+
+def test_two_processes_compute_the_update_of_one(one_process, two_processes):
+    assert_same(one_process, two_processes)
+
+
+@pytest.mark.slow
+def test_four_processes_compute_the_update_of_one(one_process, tmp_path):
+    four = start_processes(tmp_path, 4, "same_weights", "memory")
+    assert_same(one_process, (tmp_path, four))
+    for name in ("weights", "adam"):
+        for whole, *parts in zip(one_process[1]["memory"][0][name], *(r[name] for r in four["memory"])):
+            assert sum(parts) == whole and max(parts) < 0.27 * whole
+
+
+def test_each_process_holds_its_part_of_all_four_models(one_process, two_processes):
+    for name in ("weights", "adam"):
+        for whole, *parts in zip(one_process[1]["memory"][0][name], *(r[name] for r in two_processes[1]["memory"])):
+            assert sum(parts) == whole and max(parts) < 0.52 * whole
+
+
+def test_processes_generate_without_keeping_step(two_processes):
+    first, second = two_processes[1]["generate"]
+    assert (first["length"], second["length"]) == (5, 14)
+    assert first["local"] + second["local"] == first["whole"]  # divided again
+
+
+def test_two_processes_resume_to_the_bit(two_processes):
+    for result in two_processes[1]["resume"]:
+        assert result["path"] == "rollout-000002" and result["same"] and result["actor_moved"]
+        assert result["saved"] == 0  # the saved actor is an ordinary folder, with all of the weights
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(result["files"])
+
+
+def test_checkpoint_of_two_processes_resumes_in_one(two_processes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = two_processes[0] / "runs" / "resumed" / "checkpoints" / "rollout-000002"
+    run, _ = train_divided(rollout_batch_size=4, critic_warmup=3, save_every=2, resume=str(path))
+    assert run.state.rollout == 4
+    assert "random numbers start anew, there were 2 process(es)" in capsys.readouterr().out
+
+
+def test_signal_to_one_process_stops_both(two_processes):
+    for result in two_processes[1]["stop"]:
+        assert result["stopped"] and result["saved"] == ["rollout-000001"]
+
+
+def test_what_is_not_finite_in_one_process_stops_both(two_processes):
+    for result in two_processes[1]["not_finite"]:
+        assert "value_loss is nan" in result["error"] and result["unmoved"] and result["saved"]
+
+
+def test_early_stop_evaluation_and_self_check_agree(two_processes):
+    first, second = two_processes[1]["early_stop"]
+    assert first["rollouts"] == second["rollouts"] == 2 and first["evaluated"] == 3
+    assert first["digest"] == second["digest"]
+    assert first["random"] != second["random"]  # each process samples for itself
+
+
+def test_only_the_first_process_prints(two_processes):
+    lines = [line for line in two_processes[1]["log"].splitlines() if line.startswith("ep ")]
+    assert len(lines) == 2 + 1 + 1 + 1 + 4 + 2 + 1 + 2, lines
+
+
+if __name__ == "__main__":
+    out, *names = sys.argv[1:]
+    ppo.start_processes()
+    for name in names:
+        start = time.time()
+        result = globals()["in_processes_" + name](out) | dict(name=name, rank=ppo.rank(), seconds=round(time.time() - start, 1))
+        with open(f"{out}.{ppo.rank()}.json", "a") as file:
+            file.write(json.dumps(result) + "\n")
+    if ppo.world_size() > 1:
+        ppo.dist.destroy_process_group()
