@@ -637,8 +637,8 @@ def compute_penalty(action_log_probs, batch, entropy, ppo1_beta, kl_loss_coef, e
     kl = compute_approx_kl(old_action_log_probs, action_log_probs, mask, "k3")
     penalty = ppo1_beta * kl
     if kl_loss_coef:
-        # k2's gradient is the KL's under the policy that sampled. After the first step that is not
-        # the policy of now any more; the detached ratio makes up for it.
+        # k2's gradient is that of the token's own KL (not of the KL of tokens after it), under the
+        # policy that sampled. That is the policy of now at the first step alone: hence the ratio.
         ratio = (action_log_probs - old_action_log_probs).masked_fill(mask == 0, 0.0).detach().exp()
         k2 = compute_approx_kl(action_log_probs, batch.ref_action_log_probs, mask, "k2")
         penalty = penalty + kl_loss_coef * ratio * k2
@@ -855,6 +855,9 @@ def load_model(constant, name):
     missing = sorted(info["missing_keys"])
     if missing and constant != "critic_name":
         raise InputError(f"{constant} = {name!r} has no trained {missing[0]}: name another model")
+    for module in model.modules():  # some layers ask their own `training`, which `recomputing` sets
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
     return model.eval()  # dropout would move the ratio before any step (Trap 20)
 
 def make_models(load_model):
@@ -1274,7 +1277,9 @@ def flush(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 def save_model(model, weights, tokenizer, folder):
-    weights = {k: w for k, w in weights.items() if k not in model.all_tied_weights_keys}
+    if not lora_rank:  # adapters merge themselves
+        tied = getattr(model, "all_tied_weights_keys", ())
+        weights = {name: weight for name, weight in weights.items() if name not in tied}
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 
@@ -1284,7 +1289,7 @@ def save_checkpoint(run):
     if gather(os.path.exists(path))[0]:  # of this very state: newer ones are put aside on resume
         return True
     actor, critic = (to_whole(model.state_dict()) for model in run.models[:2])
-    rest = dict(constants=get_constants(), processes=gather(run.snapshot),
+    rest = dict(run.snapshot, constants=get_constants(), processes=gather(run.snapshot),
                 optimizers=[to_whole(optimizer.state_dict()) for optimizer in run.optimizers])
 
     def write(folder):
@@ -1364,8 +1369,7 @@ def load_checkpoint(path, run):
         if os.path.basename(newer) >= name and not os.path.samefile(newer, path):  # not this course
             shutil.rmtree(newer + ".aside", ignore_errors=True)
             os.rename(newer, newer + ".aside")
-    processes = rest["processes"]
-    run.state = State(**processes[0]["state"])
+    run.state, processes = State(**rest["state"]), rest["processes"]
     if len(processes) == world_size():
         put_random(processes[rank()])
     else:
@@ -1817,7 +1821,7 @@ class Adapted(nn.Module):
         return self.switch().generate(**inputs)
 
     @torch.no_grad()
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, state_dict=None):
         """A plain model, the adapter merged into a copy of the trunk: merging in place and taking
         it out again would leave rounding in the reference. The adapter itself in folder/adapter."""
         weights = {key.replace(".base_layer", ""): w for key, w in self.trunk.state_dict().items()

@@ -1326,7 +1326,7 @@ def test_trap_29_all_memory_is_gone_at_a_real_vocabulary():
 
 @museum(("write_folder", 'path + ".tmp"', "path", "if os.path.exists(path):", "if False:"),
         ("load_checkpoint", "optimizer.load_state_dict(", "id("),
-        ("load_checkpoint", "put_random(rest)", "pass"),
+        ("load_checkpoint", "put_random(processes[rank()])", "pass"),
         (*STATE, 'State(**{**rest["state"], "rollout": 0}'),
         (*STATE, 'State(**{**rest["state"], "score_moments": State().score_moments}'))
 def test_trap_30_half_of_the_state_is_missing_after_a_resume(tmp_path, monkeypatch):
@@ -2660,6 +2660,7 @@ def train_in_world(monkeypatch, kind, seed, rollouts=200, **constants):
                 max_epochs=4, train_batch_size=64, micro_train_batch_size=256)
     text = dict(max_length=2, max_new_tokens=3, apply_chat_template=False, truncated="terminal",
                 missing_eos_penalty=None)
+    torch.set_num_threads(1)  # tensors this small only wait for a second thread
     learning = dict(actor_lr=1e-3, critic_lr=1e-3, lr_schedule="linear", kl_coef=world.beta,
                     kl_coef_start=3.0, lambd=1.0, whiten_advantages=False, gamma=1.0, clip_eps=0.2,
                     max_grad_norm=1.0, warmup_steps=0, critic_warmup=1, temperature=1.0)
@@ -2694,22 +2695,22 @@ def test_the_exact_objective_is_what_the_closed_form_says(kind):
 
 def test_a_short_run_of_train_comes_near_the_best_policy_that_there_is(monkeypatch):
     """Guards the whole chain, from sampling to the step, against errors that keep every part
-    plausible. Closed in this run: 0.97. With one bug put in: end token outside the mask 0.88; KL by
-    k3 in the reward 0.84, left out 0.83, its size without its sign 0.80; clamp without the maximum
-    0.80; advantages one place late 0.67; score in the last column 0.65; values one place late 0.37;
-    KL with the wrong sign 0.32; log-probs one place late 0.29; score dropped 0.00."""
-    closed = train_in_world(monkeypatch, "additive", 1, rollouts=25, actor_lr=2e-3,
-                            critic_lr=2e-3, kl_coef_start=1.0)
+    plausible. Closed in this run: 0.99. With one bug put in: clamp without the maximum 0.84; KL left
+    out 0.83, its size without its sign 0.82, k3 in its place 0.65, its sign turned 0.46; end token
+    outside the mask 0.80; score in the last column 0.77, dropped 0.00; advantages one place late
+    0.45; values one place late 0.36; log-probs one place late 0.33; policy loss turned -1.50."""
+    closed = train_in_world(monkeypatch, "additive", 1, rollouts=25, actor_lr=2e-3, critic_lr=2e-3)
     assert closed > 0.93
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("kind,threshold", [("additive", 0.998), ("random", 0.95)])
+@pytest.mark.parametrize("kind,threshold", [("additive", 0.9965), ("random", 0.95)])
 def test_train_closes_the_gap_to_the_best_policy_that_there_is(monkeypatch, kind, threshold, seed):
-    """Guards that nothing but sampling noise stands between train and the optimum, on scores that
-    are a sum over tokens and on scores drawn for each response. Seen with TRL 1.12 at as many
-    responses and the best of four rates: 0.986 to 0.996, and 0.77 to 0.89."""
+    """Guards that little but sampling noise stands between train and the optimum, on scores that
+    are a sum over tokens and on scores drawn for each response. Closed: 0.998 to 1.000, and 0.977
+    to 0.992. Seen in a like world with TRL 1.12, at as many responses and the best of four rates:
+    0.986 to 0.996, and 0.77 to 0.89."""
     assert train_in_world(monkeypatch, kind, seed) > threshold
 
 
@@ -2915,7 +2916,7 @@ def test_an_uninterrupted_run_logs_each_point_once(whole):
 def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, place):
     """Weights, both optimizers, random numbers and every point in TensorBoard. One is resumed by a
     real process, with the self-check on: it must disturb nothing."""
-    kill, delay = send(signal.SIGKILL), random.uniform(0, whole.seconds)
+    kill, delay = send(signal.SIGKILL), whole.seconds * random.uniform(0.1, 0.8)
     hook = {"generate": functools.partial(strike_in, torch, "multinomial", 3, 2, kill),
             "train": functools.partial(strike_in, ppo, "train_step", 5, 3, kill),
             "save": functools.partial(strike_in, torch, "save", 3, 1, tear)}.get(place, int)
@@ -2942,20 +2943,23 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, place):
 
 @pytest.mark.slow
 def test_twenty_real_processes_killed_at_random_go_on_to_the_same_bits(whole, tmp_path):
-    """From the making of the run's folder on; one that is killed too late has just ended."""
-    resume, rng, kinds = whole.constants | dict(resume="latest"), random.Random(0), []
+    """Four in each of five rollouts: when it has begun, and up to a rollout's time later, which is
+    often inside the writing of a checkpoint or of the best actor."""
+    constants, rng = whole.constants | dict(save_every=1), random.Random(0)
     for k in range(20):
-        folder = tmp_path / str(k)
-        process, tiny = start_real(folder, whole.constants), folder / "runs" / "tiny"
-        while not tiny.exists() and process.poll() is None:
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, whole.seconds))
+        folder, begun = tmp_path / str(k), k % 5 + 1
+        process, tiny, times = start_real(folder, constants), folder / "runs" / "tiny", {}
+        while begun not in times and process.poll() is None:
+            time.sleep(0.002)
+            done = len(re.findall("^ep .* left$", (folder / "log").read_text(), re.M))
+            times.setdefault(done if tiny.exists() else -1, time.time())
+        time.sleep(rng.uniform(0, times[begun] - times.get(0, times[begun])) / begun)
         process.kill()
-        assert process.wait(timeout=60) in (-9, 0), (folder / "log").read_text()
-        kinds.append([process.returncode, os.listdir(tiny), glob.glob(f"{tiny}/checkpoints/*")])
-        assert start_real(folder, resume).wait(timeout=120) == 0, (folder / "log").read_text()
+        assert process.wait(timeout=60) == -9, (folder / "log").read_text()
+        left = [f"{path.parent.name}/{path.name}" for path in tiny.rglob("*") if path.is_dir()]
+        print("\nkilled after", (folder / "log").read_text().split("\n")[-2][:20], *left)
+        assert start_real(folder, constants | dict(resume="latest")).wait(timeout=120) == 0
         check_same_end(folder, whole)
-    print("\nexit code and what was left:", *kinds, sep="\n  ")
 
 
 @pytest.mark.parametrize("number, place", [("SIGINT", "generate"), ("SIGINT", "score"),
