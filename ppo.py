@@ -2030,8 +2030,8 @@ def build_demo(folder, seed):
 
 # ---- 18. Main ----------------------------------------------------------------------------------
 
-def check_constants():
-    """InputError for the first constant that cannot be, with what can."""
+def get_rules():
+    """{names of constants: (rule, in words), or all that they can be}"""
     def whole(low):
         return lambda x: type(x) is int and x >= low
 
@@ -2042,7 +2042,7 @@ def check_constants():
         return lambda x: x is None or rule(x)
 
     text, prompts = lambda x: isinstance(x, str) and x, lambda x: isinstance(x, (str, list)) and x
-    rules = {  # constants: rule, in words
+    return {
         "max_length rollout_batch_size n_samples_per_prompt micro_rollout_batch_size max_epochs "
         "max_new_tokens train_batch_size micro_train_batch_size keep_checkpoints kl_horizon":
             (whole(1), "a whole number from 1"),
@@ -2072,13 +2072,15 @@ def check_constants():
         "resume": (none_or(lambda x: x == "latest" or text(x) and os.path.isdir(x)),
                    "None, 'latest' or the folder of a checkpoint"),
     }
-    for names, (rule, *words) in rules.items():
+
+def check_constants():
+    """InputError for the first constant that cannot be, with what can."""
+    for names, rule in get_rules().items():
+        right, words = rule if callable(rule[0]) else (
+            rule.__contains__, " or ".join(map(repr, rule)))
         for name in names.split():
-            value, right = globals()[name], rule
-            if isinstance(rule, str):
-                words, right = [" or ".join(map(repr, rules[names]))], rules[names].__contains__
-            if not right(value):
-                raise InputError(f"{name} = {value!r}: use {words[0]}")
+            if not right(globals()[name]):
+                raise InputError(f"{name} = {globals()[name]!r}: use {words}")
     rows = rollout_batch_size * n_samples_per_prompt
     for wrong, sentence in (
             (rows % train_batch_size, f"train_batch_size = {train_batch_size} must divide the "

@@ -2912,13 +2912,12 @@ def test_an_uninterrupted_run_logs_each_point_once(whole):
         assert steps == every, tag
 
 
-@pytest.mark.parametrize("place", ["generate", "train", "save", "anywhere"])
+@pytest.mark.parametrize("place", ["generate", "save", "anywhere"])
 def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, place):
     """Weights, both optimizers, random numbers and every point in TensorBoard. One is resumed by a
     real process, with the self-check on: it must disturb nothing."""
     kill, delay = send(signal.SIGKILL), whole.seconds * random.uniform(0.1, 0.8)
-    hook = {"generate": functools.partial(strike_in, torch, "multinomial", 3, 2, kill),
-            "train": functools.partial(strike_in, ppo, "train_step", 5, 3, kill),
+    hook = {"generate": functools.partial(strike_in, torch, "multinomial", 5, 2, kill),
             "save": functools.partial(strike_in, torch, "save", 3, 1, tear)}.get(place, int)
     pid = start(tmp_path, whole.constants, hook)
     if place == "anywhere":
@@ -2952,7 +2951,7 @@ def test_twenty_real_processes_killed_at_random_go_on_to_the_same_bits(whole, tm
         while begun not in times and process.poll() is None:
             time.sleep(0.002)
             done = len(re.findall("^ep .* left$", (folder / "log").read_text(), re.M))
-            times.setdefault(done if tiny.exists() else -1, time.time())
+            times.setdefault(min(done, begun) if tiny.exists() else -1, time.time())
         time.sleep(rng.uniform(0, times[begun] - times.get(0, times[begun])) / begun)
         process.kill()
         assert process.wait(timeout=60) == -9, (folder / "log").read_text()
@@ -3806,3 +3805,146 @@ if __name__ == "__main__":
             file.write(json.dumps(result) + "\n")
     if ppo.world_size() > 1:
         ppo.dist.destroy_process_group()
+
+
+# ==================================================================================================
+# H. The page
+# ==================================================================================================
+
+HOME = Path(ppo.__file__).parent
+SOURCE = (HOME / "ppo.py").read_text()
+README = (HOME / "README.md").read_text()
+LINES = SOURCE.split("\n")
+END = next(i for i, line in enumerate(LINES) if line.startswith("# ---- the algorithm ends here"))
+OURS = {name: value for name, value in vars(ppo).items() if getattr(value, "__module__", "") == "ppo"
+        and isinstance(value, (types.FunctionType, type))}
+
+
+def get_codes(thing):
+    """All code objects of a function or class, nested ones too."""
+    found = [thing.__code__] if hasattr(thing, "__code__") else []
+    if isinstance(thing, type):
+        found = [code for value in vars(thing).values() if isinstance(value, types.FunctionType)
+                 and value.__module__ == "ppo" and value.__name__ != "__init__" or inspect.isfunction(value)
+                 for code in [value.__code__]]
+    for code in found:
+        found += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    return found
+
+
+def get_globals_of(thing):
+    thing = inspect.unwrap(thing) if callable(thing) else thing
+    return {instruction.argval for code in get_codes(thing) for instruction in dis.get_instructions(code)
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+
+
+def is_algorithm(thing):
+    return inspect.getsourcelines(thing)[1] <= END
+
+
+def test_only_the_script_layer_reads_constants_and_prints():
+    """A function that is copied out must not need a global of ours that is no function."""
+    seen = 0
+    for name, thing in OURS.items():
+        if is_algorithm(thing) and name != "train":
+            seen += 1
+            assert not get_globals_of(thing) & {*ppo.CONSTANTS, "say", "print"}, name
+    assert seen > 25 and get_globals_of(ppo.train) & {*ppo.CONSTANTS}
+
+
+def test_the_house_keeps_its_measures():
+    """Of DESIGN: the algorithm on 760 lines, a function on a screen of 60, a line in 100."""
+    assert END <= 760 and max(map(len, LINES)) <= 100
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+    part = "\n".join(LINES[next(i for i, line in enumerate(LINES) if line.startswith("# ---- 1.")):END])
+    for word in ("demo", r"(?<!gradient_)checkpoint(?!ing)", "rank"):
+        assert not re.search(rf"\b{word}\b", part), word
+
+
+def test_equations_have_one_number_in_code_and_page_and_come_in_order():
+    start = next(i for i, line in enumerate(LINES) if line.startswith("# ---- 2."))
+    stop = next(i for i, line in enumerate(LINES) if line.startswith("# ---- 5."))
+    numbers = [int(n) for line in LINES[start:stop] for group in re.findall(
+        r'^\s+"*Eq\. ([\d, ]+)', line) for n in group.split(",") if n.strip()]
+    assert numbers == sorted(numbers) == list(range(3, 12))
+    assert [int(n) for n in re.findall(r"\\tag\{(\d+)\}", README)] == list(range(1, 13))
+    assert r"\tag{5c}" in README
+    for n, name in {3: "compute_log_probs", 4: "compute_policy_loss", 6: "compute_value_loss",
+                    7: "compute_approx_kl", 8: "compute_rewards",
+                    9: "get_advantages_and_returns"}.items():
+        assert re.search(rf"^### .*\(Eq\. {n}\b.*\): `{name}`", README, re.M), name
+        assert f"Eq. {n}" in OURS[name].__doc__, name
+
+
+def test_importing_does_nothing(tmp_path):
+    """No seed, no folder, no process group, no thread setting."""
+    code = ("import random, torch; a = torch.get_rng_state(), random.getstate(), torch.get_num_threads();"
+            "import ppo; b = torch.get_rng_state(), random.getstate(), torch.get_num_threads();"
+            "assert a[0].equal(b[0]) and a[1:] == b[1:] and not torch.distributed.is_initialized()")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120,
+                   env=os.environ | {"PYTHONPATH": str(HOME), "PYTHONDONTWRITEBYTECODE": "1"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_of_curves_is_that_of_the_code():
+    rows = re.findall(r"^\| `([^`]+)` \| (.*?) \| (.*?) \| (.*?) \|$", README, re.M)
+    table = {tag: tuple(rest) for tag, *rest in rows if tag in ppo.METRICS}
+    assert list(table) == list(ppo.METRICS)
+    for tag, (what, low, high, advice) in ppo.METRICS.items():
+        healthy = f"{'' if low is None else low} .. {'' if high is None else high}"
+        assert table[tag] == (what, "" if low is high is None else healthy, advice), tag
+
+
+def test_each_trap_of_the_page_names_a_test_that_is_here():
+    named = re.findall(r"`(test_trap_(\d\d)_\w+)`", README)
+    assert [int(n) for _, n in named] == [n for n in range(1, 31) if n != 26]
+    assert all(name in globals() for name, _ in named)
+    for n in range(1, 31):
+        if n not in (13, 14, 16, 17, 25, 26):  # these bite below the line, or are the page's
+            assert re.search(rf"Traps? (?:\d+, )?{n}\b", SOURCE), n
+
+
+SNIPPETS = re.findall(r"```python\n((?:(?!```).)*)```\n```text\n(.*?)```", README, re.S)
+
+
+@pytest.mark.parametrize("snippet, printed", SNIPPETS)
+def test_a_copied_piece_works_alone_and_prints_what_the_page_says(tmp_path, snippet, printed):
+    """Beside it lies nothing but the functions that it imports."""
+    names = re.search(r"from ppo import (.*)", snippet)[1].split(", ")
+    alone = ["import torch", "import torch.nn.functional as F"]
+    (tmp_path / "ppo.py").write_text("\n\n".join(alone + [inspect.getsource(OURS[n]) for n in names]))
+    (tmp_path / "piece.py").write_text(snippet)
+    out = subprocess.run([sys.executable, "piece.py"], cwd=tmp_path, capture_output=True, text=True,
+                         timeout=120)
+    assert out.stdout == printed, out.stderr
+
+
+def test_there_are_snippets_to_run():
+    assert len(SNIPPETS) >= 4
+
+
+def test_the_pairwise_loss_is_that_of_bradley_and_terry():
+    """Eq. 12 by hand: a lead of 2 costs log(1 + e^-2) = 0.127, a lag of 1 costs 1.313."""
+    loss = ppo.compute_reward_loss(torch.tensor([3.0, 0.0]), torch.tensor([1.0, 1.0]))
+    assert loss.item() == pytest.approx((math.log1p(math.exp(-2)) + math.log1p(math.exp(1))) / 2)
+    assert ppo.compute_reward_loss(torch.tensor([8.0]), torch.tensor([6.0])).item() == pytest.approx(
+        0.126928, abs=1e-6)
+
+
+def test_gold_rewards_topic_tone_and_reason_and_nothing_outside_the_grammar():
+    prompt = "which film fits tonight ?"
+    best = "gladly , take psycho because actors shine !"
+    scores = ppo.gold([prompt] * 4, [best, best.replace("psycho", "dune").replace(
+        "actors shine", "pages fly"), best + " " + best, "psycho"])
+    assert scores[0] == 1.0 and 0 < scores[1] < 1.0 and scores[2] == scores[3] == 0.0
+
+
+def test_the_demo_tokenizer_reads_a_chat_as_it_was_trained():
+    tokenizer = ppo.make_demo_tokenizer()
+    chat = [{"role": "user", "content": "which film fits tonight ?"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == "<user> which film fits tonight ? <bot>".split()
+    assert tokenizer.unk_token_id not in ids and tokenizer.pad_token_id != tokenizer.eos_token_id
