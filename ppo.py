@@ -1044,7 +1044,7 @@ class Run:
         if path:
             load_checkpoint(path, self)
         for half in glob.glob(glob.escape(run_folder()) + "/**/*.tmp", recursive=True):
-            shutil.rmtree(half)  # of a run that was killed while it wrote
+            shutil.rmtree(half, ignore_errors=True)  # of a run that was killed as it wrote
         snapshot = take_snapshot(self.state)
         if self_check != "off":
             run_self_check(self)
@@ -1996,7 +1996,7 @@ def fit_reward(tokenizer, actor_model, prompts, eval_prompts, rng, batch=32):
 
     # Topic first, alone: it is the one aspect that no word of the reply gives away, and beside the
     # two easy ones its gradient drowns (120 mixed steps leave it at chance, 40 alone reach 100%).
-    for differ, steps in ([0], 40), ([0, 0, 1, 2, None], 100):
+    for differ, steps in ([0], 60), ([0, 0, 1, 2, None], 240):
         fit(model, lambda: compute_reward_loss(*score_pairs(prompts, differ, batch)), steps, 2e-3)
     with torch.no_grad():
         chosen, rejected = score_pairs(eval_prompts, [None], 512)
