@@ -860,6 +860,8 @@ def load_model(constant, name):
             module.dropout = 0.0
     return model.eval()  # dropout would move the ratio before any step (Trap 20)
 
+ENABLE = "activation_checkpointing_enable"  # gradient_checkpointing_enable in older transformers
+
 def make_models(load_model):
     """load_model(constant, name) -> actor, critic, reward model, reference. Of the bill's loader,
     models without memory. InputError: one has too few positions, or knows too few tokens."""
@@ -882,7 +884,7 @@ def make_models(load_model):
         if config.vocab_size < actor_model.config.get_text_config().vocab_size:
             raise InputError(f"{constant} = {critic_name!r} knows fewer tokens than actor_name")
         if gradient_checkpointing:  # `recomputing` switches it on where it is wanted
-            model.activation_checkpointing_enable()
+            (getattr(model, ENABLE, None) or model.gradient_checkpointing_enable)()
     return actor_model, critic_model, reward_model, ref_model
 
 def to_reward_inputs(prompt, response, tokenizer, apply_chat_template, max_length):
@@ -1789,7 +1791,8 @@ class Adapted(nn.Module):
         self.__dict__["trunk"] = trunk  # past nn.Module: its weights are not all this model's
         self.name, self.config = name, trunk.config
         self.layers = [module for module in trunk.modules() if hasattr(module, "base_layer")]
-        self.activation_checkpointing_enable = trunk.activation_checkpointing_enable
+        self.activation_checkpointing_enable = (
+            getattr(trunk, ENABLE, None) or trunk.gradient_checkpointing_enable)
         for key, p in trunk.named_parameters():
             if f".{name}." in key or name is None and ".lora_" not in key:
                 self.register_parameter(key.replace(".", "_"), p)
