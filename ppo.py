@@ -2114,6 +2114,10 @@ def show_results(run):
     for name in ("score_mean", "score_std", "gold", "ref_k1", "response_length"):
         if name in before:
             say(f"  {name:26s}{before[name]:10.2f}{after[name]:10.2f}")
+    old, new = ([row.info["raw_score"] for row in rows] for rows in (run.before, run.after))
+    best = sorted(old)[int(0.9 * len(old))]
+    shares = [sum(score > best for score in scores) / len(scores) for scores in (old, new)]
+    say(f"  {'above 90% of those before':26s}{shares[0]:10.2f}{shares[1]:10.2f}")
 
 def main():
     global gold_fn
