@@ -548,7 +548,7 @@ def batches(draw):
 @QUICK
 @given(batches(), st.sampled_from([torch.float32, torch.float64]))
 def test_finite_inputs_give_finite_outputs_and_gradients(x, dtype):
-    """Issue 3: degenerate rollouts keep running. Log-ratios here reach about +-25."""
+    """Degenerate rollouts keep running. Log-ratios here reach about +-25."""
     cast = {n: getattr(x, n).to(dtype) for n in ENTRIES + ("scores", "last_values")}
     for name, outputs in every_output(x, x.mask, **cast):
         assert all(out.isfinite().all() for out in outputs), name
@@ -634,7 +634,7 @@ class TinyLanguage:
 
 
 def test_ppo_follows_the_true_gradient_of_score_minus_kl_by_enumeration():
-    """Issue 2, 5(a); trap 18: only a sum over the tokens is the gradient of J, a mean is not."""
+    """Trap 18: only a sum over the tokens is the gradient of J, a mean is not."""
     for seed in range(3):
         lm = TinyLanguage(seed)
         _, true = loss_and_gradient(lm.objective, lm.logits)
@@ -2651,7 +2651,7 @@ class EnumerableWorld:
 
 
 def train_in_world(monkeypatch, kind, seed, rollouts=200, **constants):
-    """ppo.train as issue 2 sets it, 256 responses a rollout, 4 epochs, minibatches of 64 -> share
+    """ppo.train on 256 responses a rollout, 4 epochs, minibatches of 64 -> share
     of the gap closed. Beyond that: kl_coef annealed from 3 (from 1: additive 0.999, 0.962, 0.977),
     advantages not whitened, lambd 1 (no bias from the critic), and the rates down to 0."""
     world = EnumerableWorld(kind, seed)
@@ -2709,8 +2709,8 @@ def test_a_short_run_of_train_comes_near_the_best_policy_that_there_is(monkeypat
 def test_train_closes_the_gap_to_the_best_policy_that_there_is(monkeypatch, kind, threshold, seed):
     """Guards that little but sampling noise stands between train and the optimum, on scores that
     are a sum over tokens and on scores drawn for each response. Closed: 0.998 to 1.000, and 0.977
-    to 0.992. Issue 2 saw TRL 1.12, in a world of this kind but not this one, at as many responses
-    and the best of four rates, at 0.986 to 0.996, and 0.77 to 0.89."""
+    to 0.992. TRL 1.12, in another world of this kind, reached at as many responses
+    and the best of four rates 0.986 to 0.996, and 0.77 to 0.89."""
     assert train_in_world(monkeypatch, kind, seed) > threshold
 
 
@@ -3853,7 +3853,7 @@ def test_only_the_script_layer_reads_constants_and_prints():
 
 
 def test_the_house_keeps_its_measures():
-    """Of DESIGN: the algorithm on 760 lines, a function on a screen of 60, a line in 100."""
+    """The algorithm on 760 lines, a function on a screen of 60, a line in 100."""
     assert END <= 760 and max(map(len, LINES)) <= 100
     for node in ast.walk(ast.parse(SOURCE)):
         if isinstance(node, ast.FunctionDef):
