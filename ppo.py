@@ -523,7 +523,7 @@ def generate_samples(prompts, model, actor_tokenizer, max_length, max_new_tokens
             [item["text"] for item in part], add_special_tokens=add_special_tokens, padding=True,
             truncation=True, max_length=max_length, return_tensors="pt").to(model.device)
         prompt_ids, prompt_mask = inputs["input_ids"], inputs["attention_mask"]  # (B, P)
-        with undivided(model), autocast(model), plain_sampling(
+        with undivided(model), autocast(model), inverse_cdf(), plain_sampling(
                 model, end_tokens, actor_tokenizer.pad_token_id, temperature, max_new_tokens):
             seqs = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask)
         action_mask = get_action_mask(seqs[:, prompt_ids.shape[1]:], end_tokens)
@@ -1625,6 +1625,19 @@ def recomputing(model):
     finally:
         for layer in layers:
             layer.training = False
+
+@contextlib.contextmanager
+def inverse_cdf():
+    """Inside, `generate` draws tokens with one random number a row: torch.multinomial draws one for
+    each token of the vocabulary, at 152k a third of the time of sampling. In float64: in float32 a
+    sum over 152k probabilities would lose the rare ones."""
+    def multinomial(probs, num_samples):
+        cdf = probs.cumsum(-1, dtype=torch.float64)
+        drawn = torch.rand(len(cdf), num_samples, dtype=cdf.dtype, device=cdf.device)
+        return torch.searchsorted(cdf, drawn * cdf[:, -1:], right=True)
+
+    with unittest.mock.patch.object(torch, "multinomial", multinomial):
+        yield
 
 # ---- 14. Trace: one response, token by token ---------------------------------------------------
 

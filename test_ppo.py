@@ -2917,7 +2917,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, place):
     """Weights, both optimizers, random numbers and every point in TensorBoard. One is resumed by a
     real process, with the self-check on: it must disturb nothing."""
     kill, delay = send(signal.SIGKILL), whole.seconds * random.uniform(0.1, 0.8)
-    hook = {"generate": functools.partial(strike_in, torch, "multinomial", 5, 2, kill),
+    hook = {"generate": functools.partial(strike_in, torch, "searchsorted", 5, 2, kill),
             "save": functools.partial(strike_in, torch, "save", 3, 1, tear)}.get(place, int)
     pid = start(tmp_path, whole.constants, hook)
     if place == "anywhere":
@@ -2967,7 +2967,7 @@ def test_a_signal_saves_the_start_of_a_rollout_or_finishes_its_update(whole, tmp
                                                                       place):
     """Generating rollout 4: it is dropped. Updating in rollout 3: its update is finished. Both save
     what is there after 3, which save_every = 2 would not, and say how to go on."""
-    where = {"generate": (torch, "multinomial", 3, 2), "score": (ppo, "compute_rewards", 3, 1),
+    where = {"generate": (torch, "searchsorted", 3, 2), "score": (ppo, "compute_rewards", 3, 1),
              "train": (ppo, "train_step", 2, 3)}[place]
     stop = functools.partial(strike_in, *where, send(getattr(signal, number)))
     code, log = run(tmp_path, whole.constants, stop)
@@ -3925,6 +3925,26 @@ def test_there_are_snippets_to_run():
     assert len(SNIPPETS) >= 4
 
 
+def test_tokens_are_drawn_as_often_as_they_are_likely(monkeypatch):
+    """Every number that `torch.rand` could give, in steps of 1e-5, against the probabilities, which
+    need not sum to 1; what cannot come never comes, not at 0 and not just below 1."""
+    probs = torch.tensor([[0.0, 0.5, 0.0, 0.2, 1e-4, 0.0999, 0.0]])
+    numbers = torch.arange(0, 1, 1e-5, dtype=torch.float64)
+    numbers[-1] = 1 - 2 ** -53
+    monkeypatch.setattr(torch, "rand", lambda rows, n, **_: numbers[None, :n])
+    with ppo.inverse_cdf():
+        drawn = torch.multinomial(probs, len(numbers))[0]
+    counts = drawn.bincount(minlength=7) / len(numbers)
+    torch.testing.assert_close(counts, probs[0] / probs.sum(), rtol=0, atol=2e-5)
+    assert not counts[[0, 2, 6]].any()
+    # A rare token behind a likely one has its own place too: the middle of it leads there.
+    many = torch.full((1, 150_000), 2.0 ** -30).index_fill_(1, torch.tensor([0]), 1.0)
+    wanted = torch.arange(1, 150_000, 7)
+    numbers = (1 + (wanted.double() - 0.5) * 2.0 ** -30) / many.double().sum()
+    with ppo.inverse_cdf():
+        assert (torch.multinomial(many, len(numbers))[0] - wanted).abs().max() <= 1
+
+
 def test_the_pairwise_loss_is_that_of_bradley_and_terry():
     """Eq. 12 by hand: a lead of 2 costs log(1 + e^-2) = 0.127, a lag of 1 costs 1.313."""
     loss = ppo.compute_reward_loss(torch.tensor([3.0, 0.0]), torch.tensor([1.0, 1.0]))
@@ -3948,3 +3968,218 @@ def test_the_demo_tokenizer_reads_a_chat_as_it_was_trained():
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == "<user> which film fits tonight ? <bot>".split()
     assert tokenizer.unk_token_id not in ids and tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+# ==================================================================================================
+# J. Speed and memory: `python -m pytest -m benchmark -s`, one JSON line a run. Where TRL_PYTHON names
+#    a Python that has trl 1.12.0 (the last with PPO), it does the same work in turns with ours.
+# ==================================================================================================
+
+WORKS = {  # model; rows, prompt, response, epochs, minibatch, updates; do lengths vary?
+    "tiny": ((512, 64, 2, 4, 4, 256), (32, 16, 32, 4, 8, 12), False),
+    "small": ((8192, 256, 6, 8, 4, 1024), (32, 32, 64, 4, 8, 5), False),
+    "realvocab": ((151936, 512, 8, 8, 2, 2048), (16, 64, 64, 2, 4, 3), False),
+    "small, real lengths": ((8192, 256, 6, 8, 4, 1024), (32, 32, 64, 4, 8, 5), True),
+}
+
+
+def make_race(folder, shape, prompt, response, varied):
+    """Random Qwen2 models whose every word is one token. Special tokens are never sampled, so that
+    every response has full length; varied: the end token comes so often that the mean is a third of
+    `response`, and prompts have 4 to `prompt` words."""
+    vocabulary, hidden, layers, heads, kv_heads, inner = shape
+    vocab = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, vocabulary)}}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<pad>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+    config = transformers.Qwen2Config(
+        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=inner,
+        tie_word_embeddings=vocabulary > 100_000, max_position_embeddings=4096, pad_token_id=0,
+        eos_token_id=1, bos_token_id=None, num_labels=1)
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    lines = [" ".join(f"w{rng.randrange(2, vocabulary)}" for _ in range(
+        rng.randint(4, prompt) if varied else prompt)) for _ in range(512)]
+    actor, reward = (getattr(transformers, f"Qwen2For{kind}")(config) for kind in (
+        "CausalLM", "SequenceClassification"))
+    head = actor.get_output_embeddings().weight
+    with torch.no_grad():  # channel 0 of the stream is 0.5 everywhere: a bias for chosen tokens
+        actor.get_input_embeddings().weight[:, 0] = 0.5
+        for layer in actor.model.layers:
+            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
+        head[:2] = 0
+        head[:2, 0] = -20.0
+        if varied:
+            ids = tokenizer(lines[:16], padding=True, return_tensors="pt")["input_ids"]
+            output = actor(ids, output_hidden_states=True, logits_to_keep=1)
+            ends = 2.9 / response  # how likely at each token, for a mean of a third, cut at the end
+            wanted = output.logits.logsumexp(-1).mean() + math.log(ends / (1 - ends))
+            head[1, 0] = wanted / output.hidden_states[-1][:, -1, 0].mean()
+    for name, model in (("actor", actor), ("reward", reward)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "prompts.txt").write_text("\n".join(lines))
+
+
+def race_ours(folder, rows, prompt, response, epochs, minibatch, updates):
+    """`train` itself, on the numbers that it logs."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
+    logged, steps = defaultdict(list), []
+    writer = types.SimpleNamespace(
+        add_scalar=lambda tag, value, step: logged[tag].append(value), flush=lambda: None,
+        add_text=lambda *_: None, add_custom_scalars=lambda *_: None)
+    names = dict(
+        prompts_file=folder + "/prompts.txt", actor_name=folder + "/actor", save_every=0,
+        reward_name=folder + "/reward", eval_prompts_file=None, apply_chat_template=False,
+        max_length=prompt, max_new_tokens=response, rollout_batch_size=rows, max_epochs=epochs,
+        n_samples_per_prompt=1, train_batch_size=minibatch, micro_train_batch_size=minibatch,
+        micro_rollout_batch_size=rows, episodes=updates * rows / 512, actor_lr=3e-6, critic_lr=3e-6,
+        critic_warmup=0, missing_eos_penalty=None, trace_every=0, self_check="off", device="cpu")
+    for name, value in names.items():
+        assert hasattr(ppo, name)
+        setattr(ppo, name, value)
+    transformers.set_seed(0)
+    words, reward_words = (  # AutoTokenizer would lay Qwen2's way to split over it
+        transformers.PreTrainedTokenizerFast.from_pretrained(folder + name)
+        for name in ("/actor", "/reward"))
+    dataset = ppo.PromptDataset(ppo.prompts_file, words, False, prompt)
+    step = ppo.train_step
+    ppo.train_step = lambda *args, **options: (steps.append(1), step(*args, **options))[1]
+    with contextlib.redirect_stdout(sys.stderr):
+        ppo.train(dataset, None, *ppo.make_models(ppo.load_model), words, reward_words, writer)
+    phases = {name: logged["time/" + name] for name in ("generate", "score", "train")}
+    report("ppo.py", [sum(parts) for parts in zip(*phases.values())], len(steps) / updates, rows,
+           logged["rollout/response_length"], phases)
+
+
+def race_trl(folder, rows, prompt, response, epochs, minibatch, updates):
+    """The same in TRL: a whole rollout is its batch, cut into minibatches, a step each. Its two
+    `gc.collect` calls an update cost what the imports weigh, so they are told apart."""
+    import contextlib, gc, random, sys, tempfile, time, types  # noqa: E401, it runs on its own
+    import datasets, torch, transformers  # noqa: E401
+    import trl.experimental.ppo.ppo_trainer as ppo
+    marks, spent, steps, counted = [], {"gc": [0.0]}, [], []
+
+    def collect():
+        start = time.perf_counter()
+        gc.collect()
+        spent["gc"][-1] += time.perf_counter() - start
+
+    class End(transformers.TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            marks.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            marks.append(time.perf_counter())
+            spent["gc"].append(0.0)
+
+    ppo.gc = types.SimpleNamespace(collect=collect)
+    truncate = ppo.truncate_response
+
+    def count(stop, pad, responses):
+        responses = truncate(stop, pad, responses)
+        counted.append((responses != pad).sum().item() / len(responses))
+        return responses
+
+    ppo.truncate_response = count
+    transformers.set_seed(0)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder + "/actor")
+    tokenizer.padding_side = "left"
+    load = dict(dtype=torch.float32)
+    policy, ref = (transformers.AutoModelForCausalLM.from_pretrained(folder + "/actor", **load)
+                   for _ in range(2))
+    value, reward = (transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder + "/reward", **load) for _ in range(2))
+    lines = open(folder + "/prompts.txt").read().splitlines()
+    data = datasets.Dataset.from_dict({"input_ids": tokenizer(lines)["input_ids"]})
+    with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(sys.stderr):
+        config = ppo.PPOConfig(
+            output_dir=output, total_episodes=updates * rows, per_device_train_batch_size=rows,
+            gradient_accumulation_steps=1, num_mini_batches=rows // minibatch, seed=0,
+            num_ppo_epochs=epochs, response_length=response, learning_rate=3e-6,
+            stop_token="eos", temperature=1.0, missing_eos_penalty=None, report_to="none",
+            num_sample_generations=0, gradient_checkpointing=False, bf16=False, use_cpu=True,
+            save_strategy="no", disable_tqdm=True, logging_steps=1)
+        trainer = ppo.PPOTrainer(
+            args=config, processing_class=tokenizer, model=policy, ref_model=ref, callbacks=[End()],
+            reward_model=reward, value_model=value, train_dataset=data)
+        trainer.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+        trainer.train()
+    totals = [end - start for start, end in zip(marks, marks[1:])]
+    report("TRL 1.12.0", totals, len(steps) / updates, rows, counted, {"gc": spent["gc"][:-1]})
+
+
+def report(implementation, totals, steps, rows, lengths, phases):
+    """Medians without the first update, which warms up."""
+    import json, resource, statistics  # noqa: E401
+    seconds = {name: statistics.median(parts[1:]) for name, parts in phases.items()}
+    tokens = rows * sum(lengths[1:]) / sum(totals[1:])
+    print(json.dumps(dict(
+        implementation=implementation, seconds=round(statistics.median(totals[1:]), 3),
+        **{name: round(part, 3) for name, part in seconds.items()}, steps=steps,
+        response_length=round(sum(lengths) / len(lengths), 1), tokens_per_second=round(tokens, 1),
+        peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)))
+
+
+def get_floor(shape, work):
+    """Seconds that the matrix products alone would take at the best rate of this machine; reading
+    the weights for every token and moving Adam's seven words a parameter come on top. A KV cache,
+    logits where there is a token to score, a backward twice the forward."""
+    vocabulary, d, layers, heads, kv_heads, inner = shape
+    rows, prompt, response, epochs, minibatch, _ = work
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
+
+    def best(function):
+        times = []
+        for _ in range(8):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    a, b, out = (torch.randn(2048, 2048) for _ in range(3))
+    rate = 2 * 2048 ** 3 / best(lambda: torch.mm(a, b, out=out))
+    source, target = torch.randn(2 ** 26), torch.randn(2 ** 26)
+    width = 8 * 2 ** 26 / best(lambda: target.copy_(source))
+    body = layers * (2 * d * d + 2 * d * d * kv_heads // heads + 3 * d * inner)
+    head, length = d * vocabulary, prompt + response
+
+    def forward(tokens, logits):
+        return 2 * body * tokens + 2 * d * layers * tokens * (tokens + 1) + 2 * head * logits
+
+    scored, plain = forward(length, response), forward(length, 0)
+    flops = rows * (forward(length - 1, response) + 2 * scored + 2 * plain
+                    + 3 * epochs * (scored + plain))
+    step = rows * 2 * (body + head) / rate
+    reading = response * max(0, 4 * (body + head) / width - step)
+    parameters = 2 * body + head * (2 if vocabulary > 100_000 else 3)
+    return flops / rate + reading + epochs * rows // minibatch * 28 * parameters / width
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("name", WORKS)
+def test_the_race(name, tmp_path):
+    """Two turns each, a fresh process for every run. It asserts that the work was the same; how
+    fast it was is for the reader to judge."""
+    shape, work, varied = WORKS[name]
+    make_race(tmp_path, shape, *work[1:3], varied)
+    ours = "import test_ppo; test_ppo.race_ours"
+    programs = [(sys.executable, ours)]
+    if "TRL_PYTHON" in os.environ:
+        trl = "\n".join(map(inspect.getsource, (report, race_trl))) + "race_trl"
+        programs.append((os.environ["TRL_PYTHON"], trl))
+    for turn, (python, source) in itertools.product(range(2), programs):
+        done = subprocess.run(
+            [python, "-W", "ignore", "-c", f"{source}(*{(str(tmp_path), *work)})"],
+            cwd=Path(__file__).parent, capture_output=True, text=True,
+            env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        line = json.loads(done.stdout.splitlines()[-1])
+        print(json.dumps({"work": name, **line}), flush=True)
+        assert line["steps"] == work[3] * work[0] / work[4]
+        low, high = (0.2, 0.5) if varied else (1, 1)
+        assert low <= line["response_length"] / work[2] <= high
+    if not varied:
+        print(json.dumps({"work": name, "floor": round(get_floor(shape, work), 3)}))
