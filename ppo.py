@@ -665,7 +665,7 @@ def train_step(experience, actor_model, critic_model, actor_optimizer, critic_op
         inputs, action_mask = (batch.seqs, batch.attention_mask), batch.action_mask
         num_actions, old_action_log_probs = action_mask.shape[1], batch.old_action_log_probs
         if update_actor:
-            with recomputing(actor_model):
+            with recomputing(actor_model), untied(actor_model):
                 output = compute_log_probs(actor_model, *inputs, num_actions, temperature,
                                            with_entropy=entropy_coef != 0)
                 action_log_probs, entropy = output if entropy_coef else (output, None)
@@ -1639,6 +1639,24 @@ def inverse_cdf():
     with unittest.mock.patch.object(torch, "multinomial", multinomial):
         yield
 
+@contextlib.contextmanager
+def untied(model):
+    """Inside, an lm_head that is also the embedding is a parameter of its own on the same memory,
+    and so is its gradient. Tied, autograd holds the gradients of both and their sum beside the one
+    that is there: at a vocabulary of 152k four times the largest tensor, instead of two."""
+    head = getattr(model, "lm_head", None)
+    tied = getattr(head, "weight", None)
+    alone = tied is None or tied is not model.get_input_embeddings().weight or tied.grad is None
+    if alone or hasattr(tied, "placements"):  # or a part of one (FSDP2)
+        yield
+        return
+    head.weight = nn.Parameter(tied.detach())
+    head.weight.grad = tied.grad
+    try:
+        yield
+    finally:
+        head.weight = tied
+
 # ---- 14. Trace: one response, token by token ---------------------------------------------------
 
 @torch.no_grad()
@@ -1716,7 +1734,7 @@ def measure(name, model):
     seqs = torch.ones(min(micro_train_batch_size, train_batch_size if trained else rows),
                       max_length + max_new_tokens, dtype=torch.long)
     inputs = (seqs, torch.ones_like(seqs), max_new_tokens)
-    with Watch() as work, torch.set_grad_enabled(trained), recomputing(model):
+    with (Watch() as work, torch.set_grad_enabled(trained), recomputing(model), untied(model)):
         if name == "reward":
             model.config.pad_token_id = model.config.pad_token_id or 0  # main sets a missing one
             limit = getattr(model.config, "max_position_embeddings", None)  # longer texts are cut

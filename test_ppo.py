@@ -3925,6 +3925,27 @@ def test_there_are_snippets_to_run():
     assert len(SNIPPETS) >= 4
 
 
+def test_a_tied_head_costs_no_third_copy_of_its_gradient():
+    """Same gradient, and half the memory in its backward; the tie holds again outside."""
+    config = transformers.LlamaConfig(vocab_size=5000, hidden_size=32, intermediate_size=32,
+                                      num_hidden_layers=1, num_attention_heads=2,
+                                      tie_word_embeddings=True)
+    model = transformers.LlamaForCausalLM(config).eval()
+    seqs, size = torch.randint(5000, (2, 6)), 5000 * 32 * 4
+    peaks, gradients = [], []
+    for context in (contextlib.nullcontext, ppo.untied):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        with ppo.Watch() as work, context(model):
+            ppo.compute_log_probs(model, seqs, torch.ones_like(seqs), 3).sum().backward()
+        peaks.append(work.peak)
+        gradients.append([p.grad for p in model.parameters()])
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+    for tied, untied in zip(*gradients, strict=True):
+        torch.testing.assert_close(tied, untied)
+    assert peaks[0] > 2.9 * size and peaks[1] < 1.9 * size
+
+
 def test_tokens_are_drawn_as_often_as_they_are_likely(monkeypatch):
     """Every number that `torch.rand` could give, in steps of 1e-5, against the probabilities, which
     need not sum to 1; what cannot come never comes, not at 0 and not just below 1."""
