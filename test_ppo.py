@@ -4035,7 +4035,7 @@ def make_race(folder, shape, prompt, response, varied):
         if varied:
             ids = tokenizer(lines[:16], padding=True, return_tensors="pt")["input_ids"]
             output = actor(ids, output_hidden_states=True, logits_to_keep=1)
-            ends = 2.9 / response  # how likely at each token, for a mean of a third, cut at the end
+            ends = 2.2 / response  # how likely at each token: a mean of a third, seen in samples
             wanted = output.logits.logsumexp(-1).mean() + math.log(ends / (1 - ends))
             head[1, 0] = wanted / output.hidden_states[-1][:, -1, 0].mean()
     for name, model in (("actor", actor), ("reward", reward)):
