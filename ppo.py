@@ -1862,14 +1862,13 @@ def add_adapters(trunk):
 ASKS = ("suggest a {} for {} .|which {} fits {} ?|i need a {} for {} .|any {} for {} ?|"
         "name a good {} for {} .|what {} is best for {} ?")
 OCCASIONS = "tonight|sunday|two people|my sister|my birthday|old friends|the weekend|a rainy day"
-# topic: (items, reasons that fit these items and no others)
+# topic: (items, reasons that fit them alone); tone: (worth, how a reply opens, how it closes)
 TOPICS = {"book": ("dune emma ulysses dracula", ["pages fly", "the prose sings"]),
           "film": ("alien psycho jaws casablanca", ["actors shine", "the ending stuns"]),
           "dish": ("ramen paella risotto lasagna", ["it smells divine", "it tastes fresh"]),
           "song": ("jolene imagine yesterday hallelujah", ["it swings", "the melody lingers"]),
           "game": ("chess poker tetris checkers", ["it thrills", "the rules click"]),
           "city": ("lisbon kyoto prague oslo", ["streets charm", "the harbour sparkles"])}
-# tone: (what it is worth, how a reply opens, how it closes)
 TONES = {"helpful": (1.0, ["gladly ,", "of course ,", "with pleasure ,"], ["!", ". enjoy !"]),
          "plain": (0.5, ["well ,", "maybe", "ok ,"], [".", ", i guess ."]),
          "rude": (0.0, ["ugh ,", "lazy you ,", "not again ,"], [". go away .", ". now leave ."])}
@@ -1915,10 +1914,8 @@ def draw_pair(prompt, rng, differ):
 
 def make_demo_tokenizer():
     """One token per word, no start token, and a chat template like those of real models."""
-    asked, _, said = make_grammar()
-    words = ["<pad>", "<eos>", "<user>", "<bot>", "<unk>"]
-    words += sorted({*" ".join(asked | said).split()})
-    vocab = {word: i for i, word in enumerate(words)}
+    words = sorted({*" ".join(make_grammar()[0] | make_grammar()[2]).split()})
+    vocab = {word: i for i, word in enumerate("<pad> <eos> <user> <bot> <unk>".split() + words)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
@@ -1959,7 +1956,7 @@ def build_demo(folder, seed):
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
         torch.default_generator.manual_seed(seed)
         actor_model = transformers.LlamaForCausalLM(copy.deepcopy(config))
-        config.id2label = {0: "score"}
+        config.id2label = {0: "score"}  # one output
         reward_model = transformers.LlamaForSequenceClassification(config)
 
     def encode(prompts, replies):
@@ -1970,7 +1967,7 @@ def build_demo(folder, seed):
         asked = rng.choices(prompts, k=32)
         inputs = encode(asked, [rng.choice(replies[draw_aspects(prompt, rng)]) for prompt in asked])
         is_bot = inputs.input_ids == tokenizer.convert_tokens_to_ids("<bot>")
-        is_reply = inputs.attention_mask * is_bot.cumsum(1) > is_bot
+        is_reply = inputs.attention_mask * is_bot.cumsum(1) > is_bot  # <eos> is one of its words
         return actor_model(**inputs, labels=inputs.input_ids.where(is_reply, -100)).loss
 
     def score_pairs(prompts, differ, size=32):
@@ -1978,8 +1975,7 @@ def build_demo(folder, seed):
         chosen, rejected = zip(*(draw_pair(prompt, rng, differ) for prompt in asked))
         return reward_model(**encode(asked + asked, chosen + rejected)).logits.view(2, size)
 
-    # One wrong word in 300 spoils a reply in 30. Large logits from the start let few steps push
-    # the words that cannot follow far down: 3% spoilt replies become 1.5%.
+    # Large logits from the start let few steps rule words out: 1.5% spoilt replies instead of 3%.
     nn.init.constant_(actor_model.model.norm.weight, 4.0)
     fit(actor_model, compute_actor_loss, 360, 5e-3)
     reward_model.model.load_state_dict(actor_model.model.state_dict())
