@@ -1888,51 +1888,43 @@ def add_adapters(trunk):
     return Adapted(trunk, "actor").eval(), critic_model, Adapted(trunk, None).eval()
 
 # ---- 17. Offline demo: the two steps before PPO, small enough for a laptop -----------------------
-# A person asks for something. A reply is helpful, plain or rude, on topic or off, with a reason or
+# Somebody asks for something. A reply is helpful, plain or rude, on topic or off, with a reason or
 # without, all independently; fine-tuning copies that mixture, and PPO has to find its best corner.
-ASKS = ["suggest a {} for {} .", "which {} fits {} ?", "i need a {} for {} .", "any {} for {} ?",
-        "name a good {} for {} .", "what {} is best for {} ?"]
-OCCASIONS = ["tonight", "sunday", "two people", "my sister", "my birthday", "old friends",
-             "the weekend", "a rainy day"]
-TOPICS = {  # topic: (items, reasons that fit these items and no others)
-    "book": ("dune emma ulysses dracula".split(), ["pages fly", "the prose sings"]),
-    "film": ("alien psycho jaws casablanca".split(), ["actors shine", "the ending stuns"]),
-    "dish": ("ramen paella risotto lasagna".split(), ["it smells divine", "it tastes fresh"]),
-    "song": ("jolene imagine yesterday hallelujah".split(), ["it swings", "the melody lingers"]),
-    "game": ("chess poker tetris checkers".split(), ["it thrills", "the rules click"]),
-    "city": ("lisbon kyoto prague oslo".split(), ["streets charm", "the harbour sparkles"])}
-VERBS = ["try", "take", "pick"]
-TONES = {  # tone: (how a reply opens, how it closes)
-    "helpful": (["gladly ,", "of course ,", "with pleasure ,"], ["!", ". enjoy !"]),
-    "plain": (["well ,", "maybe", "ok ,"], [".", ", i guess ."]),
-    "rude": (["ugh ,", "lazy you ,", "not again ,"], [". go away .", ". now leave ."])}
+ASKS = ("suggest a {} for {} .|which {} fits {} ?|i need a {} for {} .|any {} for {} ?|"
+        "name a good {} for {} .|what {} is best for {} ?")
+OCCASIONS = "tonight|sunday|two people|my sister|my birthday|old friends|the weekend|a rainy day"
+# topic: (items, reasons that fit them alone); tone: (worth, how a reply opens, how it closes)
+TOPICS = {"book": ("dune emma ulysses dracula", ["pages fly", "the prose sings"]),
+          "film": ("alien psycho jaws casablanca", ["actors shine", "the ending stuns"]),
+          "dish": ("ramen paella risotto lasagna", ["it smells divine", "it tastes fresh"]),
+          "song": ("jolene imagine yesterday hallelujah", ["it swings", "the melody lingers"]),
+          "game": ("chess poker tetris checkers", ["it thrills", "the rules click"]),
+          "city": ("lisbon kyoto prague oslo", ["streets charm", "the harbour sparkles"])}
+TONES = {"helpful": (1.0, ["gladly ,", "of course ,", "with pleasure ,"], ["!", ". enjoy !"]),
+         "plain": (0.5, ["well ,", "maybe", "ok ,"], [".", ", i guess ."]),
+         "rude": (0.0, ["ugh ,", "lazy you ,", "not again ,"], [". go away .", ". now leave ."])}
 
 @functools.cache
 def make_grammar():
     """All that can be said: {prompt: topic}, {(topic, tone, reasoned): replies} and, the way back,
     {reply: (topic, tone, reasoned)}. A text is a sentence of the grammar if it is a key."""
-    prompts = {ask.format(topic, occasion): topic
-               for ask, topic, occasion in itertools.product(ASKS, TOPICS, OCCASIONS)}
-    replies = {}
-    for topic, tone, reasoned in itertools.product(TOPICS, TONES, (False, True)):
-        (items, reasons), (openers, closers) = TOPICS[topic], TONES[tone]
-        reasons = [f" because {reason}" for reason in reasons] if reasoned else [""]
-        # Reasons vary slowest: equal places (modulo length) in two lists have equal wording.
-        parts = itertools.product(reasons, openers, VERBS, items, closers)
-        replies[topic, tone, reasoned] = [f"{o} {v} {i}{r} {c}" for r, o, v, i, c in parts]
-    return prompts, replies, {text: key for key, texts in replies.items() for text in texts}
+    prompts = {ask.format(topic, occasion): topic for ask, topic, occasion in itertools.product(
+        ASKS.split("|"), TOPICS, OCCASIONS.split("|"))}
+    # Reasons vary slowest: equal places (modulo length) in two lists have equal wording.
+    replies = {(topic, tone, reasoned): [
+        f"{o} {v} {i}{r} {c}" for r, o, v, i, c in itertools.product(
+            because, opens, ["try", "take", "pick"], items.split(), closes)]
+        for topic, (items, reasons) in TOPICS.items() for tone, (_, opens, closes) in TONES.items()
+        for reasoned, because in enumerate([[""], [f" because {reason}" for reason in reasons]])}
+    return prompts, replies, {reply: key for key in replies for reply in replies[key]}
 
 def gold(prompts, responses, **columns):
     """The hidden rule, in [0, 1]: on topic, helpful, with a reason, a third each; a text that the
     grammar cannot make is worth 0. It labels the pairs and judges the end; PPO never sees it."""
     asked, _, said = make_grammar()
-    scores = []
-    for prompt, response in zip(prompts, responses):
-        topic, tone, reasoned = said.get(response.strip(), (None, None, False))
-        on_topic = topic is not None and topic == asked.get(prompt.strip())
-        tone_score = {"helpful": 1.0, "plain": 0.5}.get(tone, 0.0)
-        scores.append((on_topic + tone_score + reasoned) / 3)
-    return scores
+    aspects = [said.get(response.strip(), ("", "rude", False)) for response in responses]
+    return [((topic == asked.get(prompt.strip())) + TONES[tone][0] + reasoned) / 3
+            for prompt, (topic, tone, reasoned) in zip(prompts, aspects)]
 
 def draw_aspects(prompt, rng):
     """(topic, tone, reasoned) of a reply for fine-tuning; 4 in 100 are as good as can be."""
@@ -1942,45 +1934,33 @@ def draw_aspects(prompt, rng):
     return topic, rng.choices(list(TONES), [2, 4, 4])[0], rng.random() < 0.4
 
 def draw_pair(prompt, rng, differ):
-    """(chosen, rejected) replies to a prompt. They differ in one aspect of `differ` alone (0 topic,
-    1 tone, 2 reason; None: in any), so that nothing else can explain the preference."""
-    while True:
-        first, second = draw_aspects(prompt, rng), draw_aspects(prompt, rng)
-        aspect = rng.choice(differ)
-        if aspect is not None:
-            second = (*first[:aspect], second[aspect], *first[aspect + 1:])
-        lists, place = [make_grammar()[1][key] for key in (first, second)], rng.randrange(10 ** 6)
-        pair = [texts[place % len(texts)] for texts in lists]
-        (low, rejected), (high, chosen) = sorted(zip(gold([prompt] * 2, pair), pair))
-        if low < high:  # two that are equally good teach nothing
-            return chosen, rejected
+    """(chosen, rejected) replies. They differ only in the aspects at the places that one entry of
+    `differ` names (0 topic, 1 tone, 2 reason), so that nothing else explains the preference."""
+    first, second = draw_aspects(prompt, rng), draw_aspects(prompt, rng)
+    places, wording = rng.choice(differ), rng.randrange(10 ** 6)
+    second = tuple(both[i in places] for i, both in enumerate(zip(first, second)))
+    pair = [texts[wording % len(texts)] for texts in map(make_grammar()[1].get, (first, second))]
+    (low, rejected), (high, chosen) = sorted(zip(gold([prompt] * 2, pair), pair))
+    return (chosen, rejected) if low < high else draw_pair(prompt, rng, differ)  # a tie is no pair
 
 def make_demo_tokenizer():
     """One token per word, no start token, and a chat template like those of real models."""
-    prompts, _, said = make_grammar()
-    words = sorted({word for text in [*prompts, *said] for word in text.split()})
-    special = ["<pad>", "<eos>", "<user>", "<bot>", "<unk>"]
-    vocab = {word: i for i, word in enumerate(special + words)}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words = sorted({*" ".join(make_grammar()[0] | make_grammar()[2]).split()})
+    vocab = {word: i for i, word in enumerate("<pad> <eos> <user> <bot> <unk>".split() + words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
         additional_special_tokens=["<user>", "<bot>"], clean_up_tokenization_spaces=False,
         chat_template="{% for m in messages %}{% if m.role == 'user' %}<user> {{ m.content }} "
                       "{% else %}<bot> {{ m.content }} <eos>{% endif %}{% endfor %}"
                       "{% if add_generation_prompt %}<bot> {% endif %}")
 
-def encode_dialogues(tokenizer, prompts, replies):
-    chats = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-             for prompt, reply in zip(prompts, replies)]
-    return tokenizer(tokenizer.apply_chat_template(chats, tokenize=False), padding=True,
-                     add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)
-
 def fit(model, compute_loss, steps, lr):
-    """AdamW, the rate up over a tenth of the steps, then down to 0 as a cosine. -> last loss"""
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps,
-                                                   pct_start=0.1, cycle_momentum=False)
+    """AdamW, the rate up over a tenth of the steps, then down to 0 as a cosine."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False)
     for _ in range(steps):
         optimizer.zero_grad()
         loss = compute_loss()
@@ -1988,78 +1968,63 @@ def fit(model, compute_loss, steps, lr):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    return loss.item()
-
-def fit_actor(tokenizer, prompts, rng, steps=360, batch=32):
-    """Supervised fine-tuning, from scratch, on replies of the grammar. -> model, last loss"""
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
-        initializer_range=0.05, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id))
-    # One wrong word in 300 spoils a reply in 30. Large logits from the start let few steps push
-    # the words that cannot follow far down: 3% spoilt replies become 1.5%.
-    nn.init.constant_(model.model.norm.weight, 4.0)
-
-    def compute_loss():
-        asked = rng.choices(prompts, k=batch)
-        replies = [rng.choice(make_grammar()[1][draw_aspects(prompt, rng)]) for prompt in asked]
-        inputs = encode_dialogues(tokenizer, asked, replies)
-        is_bot = inputs.input_ids == tokenizer.convert_tokens_to_ids("<bot>")
-        learned = (is_bot.cumsum(1) > 0) & ~is_bot & inputs.attention_mask.bool()  # the reply
-        return model(**inputs, labels=inputs.input_ids.masked_fill(~learned, -100)).loss
-
-    return model, fit(model, compute_loss, steps, lr=5e-3)
+    print(f"{type(model).__name__}: {steps} steps, loss {loss.item():.3f}")
 
 def compute_reward_loss(chosen, rejected):
     """Eq. 12: loss = -mean log sigmoid(r(chosen) - r(rejected)). (B,), (B,) -> scalar"""
     return -F.logsigmoid(chosen - rejected).mean()
 
-def fit_reward(tokenizer, actor_model, prompts, eval_prompts, rng, batch=32):
-    """A reward model from pairs, on the fine-tuned body. -> model, accuracy on held-out pairs"""
-    config = transformers.LlamaConfig(**{**actor_model.config.to_dict(), "id2label": {0: "score"}})
-    model = transformers.LlamaForSequenceClassification(config)
-    model.model.load_state_dict(actor_model.model.state_dict())
-    nn.init.zeros_(model.score.weight)
-
-    def score_pairs(prompts, differ, batch):
-        asked = rng.choices(prompts, k=batch)
-        chosen, rejected = zip(*(draw_pair(prompt, rng, differ) for prompt in asked))
-        inputs = encode_dialogues(tokenizer, asked + asked, chosen + rejected)
-        return model(**inputs).logits.squeeze(-1).chunk(2)
-
-    # Topic first, alone: it is the one aspect that no word of the reply gives away, and beside the
-    # two easy ones its gradient drowns (120 mixed steps leave it at chance, 40 alone reach 100%).
-    for differ, steps in ([0], 60), ([0, 0, 1, 2, None], 240):
-        fit(model, lambda: compute_reward_loss(*score_pairs(prompts, differ, batch)), steps, 2e-3)
-    with torch.no_grad():
-        chosen, rejected = score_pairs(eval_prompts, [None], 512)
-        # Pairs fix differences only, not the unit. With a spread of 1, kl_coef means something.
-        model.score.weight /= torch.cat([chosen, rejected]).std()
-    return model, (chosen > rejected).float().mean().item()
-
 def build_demo(folder, seed):
     """Write folder/actor, folder/reward, folder/prompts.txt and folder/eval_prompts.txt."""
-    unfinished = f"{folder}.unfinished"  # renamed at the end: a kill leaves no half folder
-    shutil.rmtree(unfinished, ignore_errors=True)
-    os.makedirs(unfinished)
-    rng, tokenizer, start = random.Random(seed), make_demo_tokenizer(), time.time()
-    prompts = rng.sample(list(make_grammar()[0]), k=len(make_grammar()[0]))
+    rng, tokenizer = random.Random(seed), make_demo_tokenizer()
+    topics, replies, _ = make_grammar()
+    prompts = rng.sample([*topics], len(topics))
     eval_prompts, prompts = prompts[:64], prompts[64:]
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
+        initializer_range=0.05, bos_token_id=None, pad_token_id=0, eos_token_id=1)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
         torch.default_generator.manual_seed(seed)
-        actor_model, loss = fit_actor(tokenizer, prompts, rng)
-        print(f"supervised fine-tuning {time.time() - start:6.1f} s   loss {loss:.3f} per token")
-        start = time.time()
-        reward_model, accuracy = fit_reward(tokenizer, actor_model, prompts, eval_prompts, rng)
-        print(f"reward model           {time.time() - start:6.1f} s   prefers as people do in "
-              f"{accuracy:.1%} of held-out pairs")
+        actor_model = transformers.LlamaForCausalLM(copy.deepcopy(config))
+        config.id2label = {0: "score"}  # one output
+        reward_model = transformers.LlamaForSequenceClassification(config)
+
+    def encode(prompts, replies):
+        texts = [f"<user> {prompt} <bot> {reply} <eos>" for prompt, reply in zip(prompts, replies)]
+        return tokenizer(texts, padding=True, return_tensors="pt")
+
+    def compute_actor_loss():
+        asked = rng.choices(prompts, k=32)
+        inputs = encode(asked, [rng.choice(replies[draw_aspects(prompt, rng)]) for prompt in asked])
+        is_bot = inputs.input_ids == tokenizer.convert_tokens_to_ids("<bot>")
+        is_reply = inputs.attention_mask * is_bot.cumsum(1) > is_bot  # <eos> is one of its words
+        return actor_model(**inputs, labels=inputs.input_ids.where(is_reply, -100)).loss
+
+    def score_pairs(prompts, differ, size=32):
+        asked = rng.choices(prompts, k=size)
+        chosen, rejected = zip(*(draw_pair(prompt, rng, differ) for prompt in asked))
+        return reward_model(**encode(asked + asked, chosen + rejected)).logits.view(2, size)
+
+    # Large logits from the start let few steps rule words out: 1.5% spoilt replies instead of 3%.
+    nn.init.constant_(actor_model.model.norm.weight, 4.0)
+    fit(actor_model, compute_actor_loss, 360, 5e-3)
+    reward_model.model.load_state_dict(actor_model.model.state_dict())
+    nn.init.zeros_(reward_model.score.weight)
+    # Topic first, alone: it is the one aspect that no word of the reply gives away, and beside the
+    # two easy ones its gradient drowns (120 mixed steps leave it at chance, 40 alone reach 100%).
+    for differ, steps in ([{0}], 60), ([{0}, {0}, {1}, {2}, {0, 1, 2}], 240):
+        fit(reward_model, lambda: compute_reward_loss(*score_pairs(prompts, differ)), steps, 2e-3)
+    chosen, rejected = scores = score_pairs(eval_prompts, [{0, 1, 2}], 512).detach()
+    print(f"it agrees with people in {(chosen > rejected).float().mean():.1%} of held-out pairs")
+    # Pairs fix differences only, not the unit. With a spread of 1, kl_coef means something.
+    reward_model.score.weight.data /= scores.std()
+    unfinished = f"{folder}.unfinished"  # renamed at the end: a kill leaves no half folder
     for name, model in ("actor", actor_model), ("reward", reward_model):
-        model.save_pretrained(os.path.join(unfinished, name))
-        tokenizer.save_pretrained(os.path.join(unfinished, name))
+        model.save_pretrained(f"{unfinished}/{name}")
+        tokenizer.save_pretrained(f"{unfinished}/{name}")
     for name, lines in ("prompts", prompts), ("eval_prompts", eval_prompts):
-        with open(os.path.join(unfinished, f"{name}.txt"), "w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
+        numpy.savetxt(f"{unfinished}/{name}.txt", lines, "%s")
     os.rename(unfinished, folder)
 
 # ---- 18. Main ----------------------------------------------------------------------------------

@@ -3982,12 +3982,25 @@ def test_gold_rewards_topic_tone_and_reason_and_nothing_outside_the_grammar():
     assert scores[0] == 1.0 and 0 < scores[1] < 1.0 and scores[2] == scores[3] == 0.0
 
 
+def test_a_pair_of_the_demo_differs_in_one_aspect_and_gold_tells_which_is_better():
+    asked, _, said = ppo.make_grammar()
+    rng = random.Random(0)
+    for place, prompt in itertools.product(range(3), rng.sample(list(asked), 20)):
+        pair = ppo.draw_pair(prompt, rng, [{place}])
+        assert [a != b for a, b in zip(*map(said.get, pair))] == [i == place for i in range(3)]
+        chosen, rejected = ppo.gold([prompt] * 2, pair)
+        assert chosen > rejected
+
+
 def test_the_demo_tokenizer_reads_a_chat_as_it_was_trained():
     tokenizer = ppo.make_demo_tokenizer()
     chat = [{"role": "user", "content": "which film fits tonight ?"}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == "<user> which film fits tonight ? <bot>".split()
+    chat += [{"role": "assistant", "content": "maybe take psycho ."}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == (
+        "<user> which film fits tonight ? <bot> maybe take psycho . <eos>")  # as build_demo spells it
     assert tokenizer.unk_token_id not in ids and tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
