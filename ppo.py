@@ -1782,79 +1782,37 @@ def show_bill():
 
 # ---- 16. Adapters: four models on one trunk ----------------------------------------------------
 
-class Adapted(nn.Module):
-    """One of the models that share a trunk: in its forward the adapter `name` works alone, or none
-    does (the reference). Its parameters are that adapter's, the reference's those of the trunk."""
-
-    def __init__(self, trunk, name):
-        super().__init__()
-        self.__dict__["trunk"] = trunk  # past nn.Module: its weights are not all this model's
-        self.name, self.config = name, trunk.config
-        self.layers = [module for module in trunk.modules() if hasattr(module, "base_layer")]
-        self.activation_checkpointing_enable = (
-            getattr(trunk, ENABLE, None) or trunk.gradient_checkpointing_enable)
-        for key, p in trunk.named_parameters():
-            if f".{name}." in key or name is None and ".lora_" not in key:
-                self.register_parameter(key.replace(".", "_"), p)
-
-    def __deepcopy__(self, memo):
-        return self  # so Critic takes the trunk for its body: two adapters share nothing trained
-
-    device = property(lambda self: self.trunk.device)
-    generation_config = property(
-        lambda self: self.trunk.generation_config,
-        lambda self, config: setattr(self.trunk, "generation_config", config))
-    gradient_checkpointing = property(lambda self: any(
-        getattr(module, "gradient_checkpointing", False) for module in self.trunk.modules()))
-
-    def switch(self):
-        for layer in self.layers:
-            layer.enable_adapters(self.name is not None)
-            layer.set_adapter(self.name or [])
-        for key, p in self.trunk.named_parameters():
-            p.requires_grad_(".lora_" in key)  # peft freezes what is off
-        for module in self.trunk.modules():  # `recomputing` has set it for this model alone
-            module.training = self.training and getattr(module, "gradient_checkpointing", False)
-        return self.trunk
-
-    def forward(self, **inputs):
-        return self.switch()(**inputs)
-
-    def generate(self, **inputs):
-        return self.switch().generate(**inputs)
-
-    @torch.no_grad()
-    def save_pretrained(self, folder, state_dict=None):
-        """A plain model, the adapter merged into a copy of the trunk: merging in place and taking
-        it out again would leave rounding in the reference. The adapter itself in folder/adapter."""
-        weights = {key.replace(".base_layer", ""): w for key, w in self.trunk.state_dict().items()
-                   if ".lora_" not in key}
-        for key, layer in self.trunk.named_modules():
-            if layer in self.layers:
-                weights[key + ".weight"] = layer.base_layer.weight + layer.get_delta_weight("actor")
-        self.trunk.save_pretrained(folder, state_dict=weights)
-        folder = os.path.join(folder, "adapter")
-        self.trunk.peft_config["actor"].save_pretrained(folder)
-        safetensors.torch.save_file(
-            {"base_model.model." + key.replace(".actor.", "."): w
-             for key, w in self.trunk.named_parameters() if ".actor." in key},
-            os.path.join(folder, "adapter_model.safetensors"))
-
 def add_adapters(trunk):
-    """Of one loaded model make actor, critic and reference. InputError: no peft."""
+    """Of one loaded model make actor, critic and reference. This is the trunk as it was; the other
+    two are modules of their own around the trunk's weights, each with an adapter, the critic with a
+    head: what they train, move and save is that alone. InputError: no peft."""
     try:
         import peft
     except ImportError:
         raise InputError(f"lora_rank = {lora_rank} needs peft: pip install peft, or set it to 0"
                          ) from None
-    if world_size() > 1:
-        raise InputError(f"lora_rank = {lora_rank}: adapters train in one process: set it to 0")
-    config = peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear",
-                             task_type="CAUSAL_LM", base_model_name_or_path=actor_name)
-    tuner = peft.LoraModel(trunk, dict(actor=config, critic=config), "actor")  # in the trunk itself
-    tuner.inject_adapter(trunk, "critic")
-    critic_model = Critic(Adapted(trunk.base_model, "critic")).eval()
-    return Adapted(trunk, "actor").eval(), critic_model, Adapted(trunk, None).eval()
+    for p in trunk.parameters():
+        p.__deepcopy__ = lambda memo, p=p: p  # copies of the modules share the weights
+    actor_model, critic_model = copy.deepcopy(trunk), Critic(trunk.base_model).eval()
+    for model in (actor_model, critic_model.base_model):
+        model.add_adapter(peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank,
+                                          target_modules="all-linear", task_type="CAUSAL_LM"))
+        for module in model.eval().modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                if not p.requires_grad:  # the trunk's: an attribute here, and no parameter
+                    delattr(module, name)
+                    module.__dict__[name] = p
+    actor_model.save_pretrained = functools.partial(save_merged, actor_model, trunk)
+    return actor_model, critic_model, trunk
+
+@torch.no_grad()
+def save_merged(actor_model, trunk, folder, state_dict=None):
+    """A plain model, the adapter added to copies of the trunk's weights: added in place and taken
+    out again it would leave rounding in the reference. The adapter itself in folder/adapter."""
+    merged = {f"{name}.weight": layer.base_layer.weight + layer.get_delta_weight("default")
+              for name, layer in actor_model.named_modules() if hasattr(layer, "base_layer")}
+    trunk.save_pretrained(folder, state_dict=trunk.state_dict() | merged)
+    type(actor_model).save_pretrained(actor_model, os.path.join(folder, "adapter"))
 
 # ---- 17. Offline demo: the two steps before PPO, small enough for a laptop -----------------------
 # A person asks for something. A reply is helpful, plain or rude, on topic or off, with a reason or
