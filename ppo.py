@@ -1680,12 +1680,10 @@ class Watch(torch.utils._python_dispatch.TorchDispatchMode):
     now = peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        def storages(tree):
-            return {leaf.untyped_storage() for leaf in torch.utils._pytree.tree_leaves(tree)
-                    if isinstance(leaf, torch.Tensor)}
-
         made = function(*args, **(kwargs or {}))
-        for storage in storages(made) - storages((args, kwargs)):  # no views, nothing in place
+        old, new = ({leaf.untyped_storage() for leaf in torch.utils._pytree.tree_leaves(tree)
+                     if isinstance(leaf, torch.Tensor)} for tree in ((args, kwargs), made))
+        for storage in new - old:  # no views, nothing in place
             self.add(storage.nbytes())
             weakref.finalize(storage, self.add, -storage.nbytes())
         return made
@@ -1694,52 +1692,46 @@ class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         self.now, self.peak = self.now + size, max(self.peak, self.now + size)
 
 def measure(name, model):
-    """A model without memory -> bytes of its weights, gradients and Adam; the most that stands
-    beside them in a micro-batch (activations, logits) and in `generate` (prompts, KV cache)."""
+    """A model without memory -> bytes of its weights, gradients and Adam, and the most that stands
+    beside them: activations and logits of a micro-batch, or those of `generate` and its cache."""
     trained, rows = name in ("actor", "critic"), rollout_batch_size * n_samples_per_prompt
     grown = [p for p in model.parameters() if p.requires_grad]
     for p in grown:
         p.grad = torch.empty_like(p)
     seqs = torch.ones(min(micro_train_batch_size, train_batch_size if trained else rows),
-                      max_length + max_new_tokens, dtype=torch.long)
-    inputs = (seqs, torch.ones_like(seqs), max_new_tokens)
-    with Watch() as work, torch.set_grad_enabled(trained), recomputing(model):
-        if name == "reward":
-            model.config.pad_token_id = model.config.pad_token_id or 0  # main sets a missing one
-            limit = getattr(model.config, "max_position_embeddings", None)  # longer texts are cut
-            model(input_ids=seqs[:, :limit], attention_mask=inputs[1][:, :limit])
+                      max_length + max_new_tokens, dtype=torch.long)  # and their own mask
+    with Watch() as watch, torch.set_grad_enabled(trained), recomputing(model):
+        if name == "reward":  # longer texts are cut
+            seqs = seqs[:, :getattr(model.config, "max_position_embeddings", None)]
+            output = model(input_ids=seqs, attention_mask=seqs).logits
         elif name == "critic":
-            model(*inputs).sum().backward()
+            output = model(seqs, seqs, max_new_tokens)
         else:
-            parts = compute_log_probs(model, *inputs, temperature, trained and entropy_coef != 0)
-            if trained:
-                sum(part.sum() for part in parts).backward()
-    with Watch() as sampling, torch.no_grad(), autocast(model):
-        if name == "actor":
-            output = model(input_ids=seqs[:1, :max_length].repeat(
-                min(micro_rollout_batch_size, rows), 1), use_cache=True, logits_to_keep=1)
+            output = compute_log_probs(model, seqs, seqs, max_new_tokens, temperature,
+                                       with_entropy=entropy_coef != 0)
+        if trained:
+            sum(map(torch.sum, output)).backward()
+    with watch, torch.no_grad(), autocast(model):
+        if name == "actor":  # all tokens at once: the cache as it is in the end
+            output = model(input_ids=seqs[:1].repeat(min(micro_rollout_batch_size, rows), 1),
+                           use_cache=True, logits_to_keep=1)
             output.logits.float().repeat(4, 1, 1)  # copied, tempered, softmax, random numbers
-            output = output.past_key_values
     weights, grown = (sum(p.nbytes for p in group) / world_size()
                       for group in (model.parameters(), grown))
-    cache = sampling.now * (1 + max_new_tokens / max_length)
-    return weights, grown, 2 * grown, work.peak, sampling.peak - sampling.now + cache
+    return weights, grown, 2 * grown, watch.peak
 
 def get_memory():
-    """Bytes: what Python and the libraries take, what is left for the run. On a GPU nothing counts
-    for the first; on a CPU the container's limit does for the second."""
+    """Bytes: what Python and the libraries take (a GPU has nothing of it), what is left for the run
+    on the device, or of what its container may use. Both are known on Linux alone."""
     if device == "cuda":
         return 0, torch.cuda.mem_get_info()[0]
-    free, base, root = [math.inf], 0, "/sys/fs/cgroup/memory"
-    for limit, used, pattern in (
-            ("/proc/meminfo", None, r"MemAvailable: +(\d+)"),
-            (root + ".max", root + ".stat", r"^anon (\d+)"),
-            (root + "/memory.limit_in_bytes", root + "/memory.stat", r"^rss (\d+)")):
-        with contextlib.suppress(OSError, ValueError):  # no such system, or "max"
-            found = int(re.search(pattern, open(used or limit).read(), re.M)[1])
-            free.append(int(open(limit).read()) - found if used else found * 1024)
-    with contextlib.suppress(OSError):
-        base = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    limits = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+    text = "".join(f"{path}: {open(path).read()}" for path in glob.glob("/proc/self/status")
+                   + glob.glob("/proc/meminfo") + sum(map(glob.glob, limits), []))
+    found = {name: int(size) for name, size in re.findall(r"(\S+):\s+(\d+)", text)}
+    base = found.get("VmRSS", 0) * 1024
+    free = [found.get("MemAvailable", math.inf) * 1024,
+            *(found.get(path, math.inf) - base for path in limits)]
     return base, min(free) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 def show_bill():
@@ -1747,31 +1739,31 @@ def show_bill():
     are run on tensors without memory. InputError: more than there is."""
     def load_empty(constant, name):
         kind = "CausalLM" if constant == "actor_name" else "SequenceClassification"
-        auto = getattr(transformers, f"AutoModelFor{kind}")
-        return auto.from_config(load(transformers.AutoConfig, constant, name), dtype=torch.float32,
-                                trust_remote_code=trust_remote_code).eval()
+        config = load(transformers.AutoConfig, constant, name, pad_token_id=0)  # for batches
+        return getattr(transformers, f"AutoModelFor{kind}").from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
 
     mode = torch._subclasses.fake_tensor.FakeTensorMode()
     mode.__deepcopy__ = lambda memo: mode  # Critic copies a body
     stay = unittest.mock.patch.object(nn.Module, "to", lambda module, *_, **__: module)
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-    say("  MiB     parameters    weights  gradients       Adam   training   generate")
-    bills = []
+    say("  MiB     parameters    weights  gradients       Adam    at work")
+    fixed = work = 0
     with mode, stay, torch.device(device):
         for name, model in zip(("actor", "critic", "reward", "ref"), make_models(load_empty)):
             if isinstance(model, nn.Module):
                 try:
-                    bills.append(measure(name, model))
+                    sizes = measure(name, model)
                 except Exception as error:  # a forward that looks at its numbers: there are none
                     return say(f"  no bill, {name} cannot be run without memory: {error}"[:100])
+                fixed, work = fixed + sum(sizes[:3]), max(work, sizes[3])
                 say(f"  {name:8s}{sum(p.numel() for p in model.parameters()) / 1e6:10.2f} M"
-                    + "%11.1f" * 5 % tuple(x / 2 ** 20 for x in bills[-1]))
-    fixed, work = zip(*((sum(bill[:3]), max(bill[3:])) for bill in bills))
+                    + "%11.1f" * 4 % tuple(size / 2 ** 20 for size in sizes))
     base, free = get_memory()
     # Beside what tensors need: libraries yet to load, and what the allocator cannot use again. On
     # a CPU that can be as much as the work; more when it is told to give nothing back.
     slack = 1.25 if device == "cuda" else 3.5 if "MALLOC_MMAP_THRESHOLD_" in os.environ else 2.5
-    total = sum(fixed) + slack * max(work) + bool(base) * 3 * 2 ** 26
+    total = fixed + slack * work + 3 * 2 ** 26
     say(f"  at most {(base + total) / 2 ** 20:.0f} MiB, Python's {base / 2 ** 20:.0f} among them; "
         f"{device} has {(base + free) / 2 ** 20:.0f}")
     if total > free:
