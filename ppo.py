@@ -1676,20 +1676,19 @@ def trace(rows, actor_model, tokenizer, kl_coef):
 # ---- 15. The bill: what a run takes, told before it takes it -----------------------------------
 
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts the bytes of the tensors made inside: those alive `now`, and the `peak` of that."""
-    now = peak = 0
+    """Finds the `peak`: the most bytes that tensors made inside, and still alive, take together."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = weakref.WeakSet(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
         old, new = ({leaf.untyped_storage() for leaf in torch.utils._pytree.tree_leaves(tree)
                      if isinstance(leaf, torch.Tensor)} for tree in ((args, kwargs), made))
-        for storage in new - old:  # no views, nothing in place
-            self.add(storage.nbytes())
-            weakref.finalize(storage, self.add, -storage.nbytes())
+        self.alive |= new - old  # no views, nothing in place
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.alive))
         return made
-
-    def add(self, size):
-        self.now, self.peak = self.now + size, max(self.peak, self.now + size)
 
 def measure(name, model):
     """A model without memory -> bytes of its weights, gradients and Adam, and the most that stands
@@ -1697,22 +1696,20 @@ def measure(name, model):
     trained, rows = name in ("actor", "critic"), rollout_batch_size * n_samples_per_prompt
     grown = [p for p in model.parameters() if p.requires_grad]
     for p in grown:
-        p.grad = torch.empty_like(p)
+        p.grad = torch.empty_like(p)  # as `train_step` keeps them: each micro-batch adds to them
     seqs = torch.ones(min(micro_train_batch_size, train_batch_size if trained else rows),
                       max_length + max_new_tokens, dtype=torch.long)  # and their own mask
     with Watch() as watch, torch.set_grad_enabled(trained), recomputing(model):
-        if name == "reward":  # longer texts are cut
+        if name == "reward":  # it cuts what it reads
             seqs = seqs[:, :getattr(model.config, "max_position_embeddings", None)]
-            output = model(input_ids=seqs, attention_mask=seqs).logits
-        elif name == "critic":
-            output = model(seqs, seqs, max_new_tokens)
+            model(input_ids=seqs, attention_mask=seqs)
         else:
-            output = compute_log_probs(model, seqs, seqs, max_new_tokens, temperature,
-                                       with_entropy=entropy_coef != 0)
+            output = model(seqs, seqs, max_new_tokens) if name == "critic" else compute_log_probs(
+                model, seqs, seqs, max_new_tokens, temperature, trained and entropy_coef != 0)
         if trained:
             sum(map(torch.sum, output)).backward()
     with watch, torch.no_grad(), autocast(model):
-        if name == "actor":  # all tokens at once: the cache as it is in the end
+        if name == "actor":  # prompt and response at once: the cache as it is in the end
             output = model(input_ids=seqs[:1].repeat(min(micro_rollout_batch_size, rows), 1),
                            use_cache=True, logits_to_keep=1)
             output.logits.float().repeat(4, 1, 1)  # copied, tempered, softmax, random numbers
@@ -1721,31 +1718,31 @@ def measure(name, model):
     return weights, grown, 2 * grown, watch.peak
 
 def get_memory():
-    """Bytes: what Python and the libraries take (a GPU has nothing of it), what is left for the run
-    on the device, or of what its container may use. Both are known on Linux alone."""
+    """Bytes: what Python and the libraries take (of a GPU nothing), what is left for the run, also
+    by the limit of a container. Both are known on Linux alone."""
     if device == "cuda":
         return 0, torch.cuda.mem_get_info()[0]
-    limits = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-    text = "".join(f"{path}: {open(path).read()}" for path in glob.glob("/proc/self/status")
-                   + glob.glob("/proc/meminfo") + sum(map(glob.glob, limits), []))
-    found = {name: int(size) for name, size in re.findall(r"(\S+):\s+(\d+)", text)}
-    base = found.get("VmRSS", 0) * 1024
-    free = [found.get("MemAvailable", math.inf) * 1024,
-            *(found.get(path, math.inf) - base for path in limits)]
-    return base, min(free) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    group = "/sys/fs/cgroup/memory"
+    paths = ("/proc/self/status", "/proc/meminfo", group + ".max", group + "/memory.limit_in_bytes")
+    text = "".join(f"{path}: {open(path).read()}" for path in paths if os.path.exists(path))
+    found = defaultdict(lambda: math.inf, VmRSS=0)
+    found.update((name, int(size)) for name, size in re.findall(r"(\S+):\s+(\d+)", text))
+    base = found["VmRSS"] * 1024
+    free = min(found["MemAvailable"] * 1024, *(found[path] - base for path in paths[2:]))
+    return base, free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 def show_bill():
     """Prints what the run takes at the most, before anything large is allocated: its own functions
     are run on tensors without memory. InputError: more than there is."""
     def load_empty(constant, name):
         kind = "CausalLM" if constant == "actor_name" else "SequenceClassification"
-        config = load(transformers.AutoConfig, constant, name, pad_token_id=0)  # for batches
+        config = load(transformers.AutoConfig, constant, name, pad_token_id=0)  # some have none
         return getattr(transformers, f"AutoModelFor{kind}").from_config(
             config, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
 
     mode = torch._subclasses.fake_tensor.FakeTensorMode()
-    mode.__deepcopy__ = lambda memo: mode  # Critic copies a body
-    stay = unittest.mock.patch.object(nn.Module, "to", lambda module, *_, **__: module)
+    mode.__deepcopy__ = lambda memo: mode  # a tensor's copy takes its mode along
+    stay = unittest.mock.patch.object(nn.Module, "to", lambda module, *_, **__: module)  # for peft
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
     say("  MiB     parameters    weights  gradients       Adam    at work")
     fixed = work = 0
@@ -1760,17 +1757,14 @@ def show_bill():
                 say(f"  {name:8s}{sum(p.numel() for p in model.parameters()) / 1e6:10.2f} M"
                     + "%11.1f" * 4 % tuple(size / 2 ** 20 for size in sizes))
     base, free = get_memory()
-    # Beside what tensors need: libraries yet to load, and what the allocator cannot use again. On
-    # a CPU that can be as much as the work; more when it is told to give nothing back.
-    slack = 1.25 if device == "cuda" else 3.5 if "MALLOC_MMAP_THRESHOLD_" in os.environ else 2.5
-    total = fixed + slack * work + 3 * 2 ** 26
+    # What an allocator cannot use again is on a CPU as much as the work; and libraries still load.
+    total = fixed + work * (1.25 if device == "cuda" else 2.5) + 3 * 2 ** 26
     say(f"  at most {(base + total) / 2 ** 20:.0f} MiB, Python's {base / 2 ** 20:.0f} among them; "
         f"{device} has {(base + free) / 2 ** 20:.0f}")
     if total > free:
-        raise InputError(
-            f"the run would take {total / 2 ** 30:.1f} GiB of {free / 2 ** 30:.1f}: lower "
-            "micro_rollout_batch_size, then micro_train_batch_size; set gradient_checkpointing = "
-            "True, then lora_rank = 16; lower max_new_tokens")
+        raise InputError("the run would not fit: lower micro_rollout_batch_size, then "
+                         "micro_train_batch_size; set gradient_checkpointing = True, then "
+                         "lora_rank = 16; lower max_new_tokens")
 
 # ---- 16. Adapters: four models on one trunk ----------------------------------------------------
 
