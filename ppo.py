@@ -1740,13 +1740,14 @@ def show_bill():
         return getattr(transformers, f"AutoModelFor{kind}").from_config(
             config, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
 
-    mode = torch._subclasses.fake_tensor.FakeTensorMode()
-    mode.__deepcopy__ = lambda memo: mode  # a tensor's copy takes its mode along
-    stay = unittest.mock.patch.object(nn.Module, "to", lambda module, *_, **__: module)  # for peft
-    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+    patch, mode = unittest.mock.patch.object, torch._subclasses.fake_tensor.FakeTensorMode()
+    # Critic copies a body, peft moves an adapter: tensors without memory can do neither.
+    copies = patch(torch.Tensor, "__deepcopy__", lambda tensor, memo: (
+        tensor.detach().clone().requires_grad_(tensor.requires_grad)))
+    stay = patch(nn.Module, "to", lambda module, *_, **__: module)
     say("  MiB     parameters    weights  gradients       Adam    at work")
     fixed = work = 0
-    with mode, stay, torch.device(device):
+    with mode, copies, stay, torch.device(device):
         for name, model in zip(("actor", "critic", "reward", "ref"), make_models(load_empty)):
             if isinstance(model, nn.Module):
                 try:

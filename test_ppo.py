@@ -3425,6 +3425,15 @@ def test_bill_stops_a_run_that_does_not_fit(place, monkeypatch, capsys):
     assert 2 ** 27 < base < 2 ** 32 and 2 ** 20 < free < 2 ** 50
 
 
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_bill_of_models_with_numbers_of_their_own(place, tmp_path, capsys, lora_rank):
+    """Gemma 2 keeps its embeddings' scale as a tensor, that is copied with the critic's body."""
+    make_models(tmp_path, "Gemma2", head_dim=8, num_key_value_heads=2)
+    place(lora_rank=lora_rank)
+    ppo.show_bill()
+    assert "at most" in capsys.readouterr().out
+
+
 def test_bill_of_models_out_of_the_ordinary(place, monkeypatch, capsys):
     for name in ("actor", "reward"):  # no pad token: the model refuses batches then
         with open(f"{name}/config.json") as file:
