@@ -1707,185 +1707,130 @@ def trace(rows, actor_model, tokenizer, kl_coef):
 # ---- 15. The bill: what a run takes, told before it takes it -----------------------------------
 
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts the bytes of the tensors made inside: those alive `now`, and the `peak` of that."""
-    now = peak = 0
+    """Finds the `peak`: the most bytes that tensors made inside, and still alive, take together."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = weakref.WeakSet(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        def storages(tree):
-            return {leaf.untyped_storage() for leaf in torch.utils._pytree.tree_leaves(tree)
-                    if isinstance(leaf, torch.Tensor)}
-
         made = function(*args, **(kwargs or {}))
-        for storage in storages(made) - storages((args, kwargs)):  # no views, nothing in place
-            self.add(storage.nbytes())
-            weakref.finalize(storage, self.add, -storage.nbytes())
+        old, new = ({leaf.untyped_storage() for leaf in torch.utils._pytree.tree_leaves(tree)
+                     if isinstance(leaf, torch.Tensor)} for tree in ((args, kwargs), made))
+        self.alive |= new - old  # no views, nothing in place
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.alive))
         return made
 
-    def add(self, size):
-        self.now, self.peak = self.now + size, max(self.peak, self.now + size)
-
 def measure(name, model):
-    """A model without memory -> bytes of its weights, gradients and Adam; the most that stands
-    beside them in a micro-batch (activations, logits) and in `generate` (prompts, KV cache)."""
+    """A model without memory -> bytes of its weights, gradients and Adam, and the most that stands
+    beside them: activations and logits of a micro-batch, or those of `generate` and its cache."""
     trained, rows = name in ("actor", "critic"), rollout_batch_size * n_samples_per_prompt
     grown = [p for p in model.parameters() if p.requires_grad]
     for p in grown:
-        p.grad = torch.empty_like(p)
+        p.grad = torch.empty_like(p)  # as `train_step` keeps them: each micro-batch adds to them
     seqs = torch.ones(min(micro_train_batch_size, train_batch_size if trained else rows),
-                      max_length + max_new_tokens, dtype=torch.long)
-    inputs = (seqs, torch.ones_like(seqs), max_new_tokens)
-    with (Watch() as work, torch.set_grad_enabled(trained), recomputing(model), untied(model)):
-        if name == "reward":
-            model.config.pad_token_id = model.config.pad_token_id or 0  # main sets a missing one
-            limit = getattr(model.config, "max_position_embeddings", None)  # longer texts are cut
-            model(input_ids=seqs[:, :limit], attention_mask=inputs[1][:, :limit])
-        elif name == "critic":
-            model(*inputs).sum().backward()
+                      max_length + max_new_tokens, dtype=torch.long)  # and their own mask
+    with Watch() as watch, torch.set_grad_enabled(trained), recomputing(model), untied(model):
+        if name == "reward":  # it cuts what it reads
+            seqs = seqs[:, :getattr(model.config, "max_position_embeddings", None)]
+            model(input_ids=seqs, attention_mask=seqs)
         else:
-            parts = compute_log_probs(model, *inputs, temperature, trained and entropy_coef != 0)
-            if trained:
-                sum(part.sum() for part in parts).backward()
-    with Watch() as sampling, torch.no_grad(), autocast(model):
-        if name == "actor":
-            output = model(input_ids=seqs[:1, :max_length].repeat(
-                min(micro_rollout_batch_size, rows), 1), use_cache=True, logits_to_keep=1)
-            output.logits.float().repeat(4, 1, 1)  # copied, tempered, softmax, random numbers
-            output = output.past_key_values
+            output = model(seqs, seqs, max_new_tokens) if name == "critic" else compute_log_probs(
+                model, seqs, seqs, max_new_tokens, temperature, trained and entropy_coef != 0)
+        if trained:
+            sum(map(torch.sum, output)).backward()
+    with watch, torch.no_grad(), autocast(model):
+        if name == "actor":  # prompt and response at once: the cache as it is in the end
+            output = model(input_ids=seqs[:1].repeat(min(micro_rollout_batch_size, rows), 1),
+                           use_cache=True, logits_to_keep=1)
+            output.logits.float().repeat(5, 1, 1)  # copied, tempered, softmax, its sums in 64 bits
     weights, grown = (sum(p.nbytes for p in group) / world_size()
                       for group in (model.parameters(), grown))
-    cache = sampling.now * (1 + max_new_tokens / max_length)
-    return weights, grown, 2 * grown, work.peak, sampling.peak - sampling.now + cache
+    return weights, grown, 2 * grown, watch.peak
 
 def get_memory():
-    """Bytes: what Python and the libraries take, what is left for the run. On a GPU nothing counts
-    for the first; on a CPU the container's limit does for the second."""
+    """Bytes: what Python and the libraries take (of a GPU nothing), what is left for the run, also
+    by the limit of a container. Both are known on Linux alone."""
     if device == "cuda":
         return 0, torch.cuda.mem_get_info()[0]
-    free, base, root = [math.inf], 0, "/sys/fs/cgroup/memory"
-    for limit, used, pattern in (
-            ("/proc/meminfo", None, r"MemAvailable: +(\d+)"),
-            (root + ".max", root + ".stat", r"^anon (\d+)"),
-            (root + "/memory.limit_in_bytes", root + "/memory.stat", r"^rss (\d+)")):
-        with contextlib.suppress(OSError, ValueError):  # no such system, or "max"
-            found = int(re.search(pattern, open(used or limit).read(), re.M)[1])
-            free.append(int(open(limit).read()) - found if used else found * 1024)
-    with contextlib.suppress(OSError):
-        base = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return base, min(free) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    group = "/sys/fs/cgroup/memory"
+    paths = ("/proc/self/status", "/proc/meminfo", group + ".max", group + "/memory.limit_in_bytes")
+    text = "".join(f"{path}: {open(path).read()}" for path in paths if os.path.exists(path))
+    found = defaultdict(lambda: math.inf, VmRSS=0)
+    found.update((name, int(size)) for name, size in re.findall(r"(\S+):\s+(\d+)", text))
+    base = found["VmRSS"] * 1024
+    free = min(found["MemAvailable"] * 1024, *(found[path] - base for path in paths[2:]))
+    return base, free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 def show_bill():
     """Prints what the run takes at the most, before anything large is allocated: its own functions
     are run on tensors without memory. InputError: more than there is."""
     def load_empty(constant, name):
         kind = "CausalLM" if constant == "actor_name" else "SequenceClassification"
-        auto = getattr(transformers, f"AutoModelFor{kind}")
-        return auto.from_config(load(transformers.AutoConfig, constant, name), dtype=torch.float32,
-                                trust_remote_code=trust_remote_code).eval()
+        config = load(transformers.AutoConfig, constant, name, pad_token_id=0)  # some have none
+        return getattr(transformers, f"AutoModelFor{kind}").from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
 
-    mode = torch._subclasses.fake_tensor.FakeTensorMode()
-    mode.__deepcopy__ = lambda memo: mode  # Critic copies a body
-    stay = unittest.mock.patch.object(nn.Module, "to", lambda module, *_, **__: module)
-    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-    say("  MiB     parameters    weights  gradients       Adam   training   generate")
-    bills = []
-    with mode, stay, torch.device(device):
+    patch, mode = unittest.mock.patch.object, torch._subclasses.fake_tensor.FakeTensorMode()
+    # Critic copies a body, peft moves an adapter: tensors without memory can do neither.
+    copies = patch(torch.Tensor, "__deepcopy__", lambda tensor, memo: (
+        tensor.detach().clone().requires_grad_(tensor.requires_grad)))
+    stay = patch(nn.Module, "to", lambda module, *_, **__: module)
+    say("  MiB     parameters    weights  gradients       Adam    at work")
+    fixed = work = 0
+    with mode, copies, stay, torch.device(device):
         for name, model in zip(("actor", "critic", "reward", "ref"), make_models(load_empty)):
             if isinstance(model, nn.Module):
                 try:
-                    bills.append(measure(name, model))
+                    sizes = measure(name, model)
                 except Exception as error:  # a forward that looks at its numbers: there are none
                     return say(f"  no bill, {name} cannot be run without memory: {error}"[:100])
+                fixed, work = fixed + sum(sizes[:3]), max(work, sizes[3])
                 say(f"  {name:8s}{sum(p.numel() for p in model.parameters()) / 1e6:10.2f} M"
-                    + "%11.1f" * 5 % tuple(x / 2 ** 20 for x in bills[-1]))
-    fixed, work = zip(*((sum(bill[:3]), max(bill[3:])) for bill in bills))
+                    + "%11.1f" * 4 % tuple(size / 2 ** 20 for size in sizes))
     base, free = get_memory()
-    # Beside what tensors need: libraries yet to load, and what the allocator cannot use again. On
-    # a CPU that can be as much as the work; more when it is told to give nothing back.
-    slack = 1.25 if device == "cuda" else 3.5 if "MALLOC_MMAP_THRESHOLD_" in os.environ else 2.5
-    total = sum(fixed) + slack * max(work) + bool(base) * 3 * 2 ** 26
+    # What an allocator cannot use again is on a CPU as much as the work; and libraries still load.
+    total = fixed + work * (1.25 if device == "cuda" else 2.5) + 3 * 2 ** 26
     say(f"  at most {(base + total) / 2 ** 20:.0f} MiB, Python's {base / 2 ** 20:.0f} among them; "
         f"{device} has {(base + free) / 2 ** 20:.0f}")
     if total > free:
-        raise InputError(
-            f"the run would take {total / 2 ** 30:.1f} GiB of {free / 2 ** 30:.1f}: lower "
-            "micro_rollout_batch_size, then micro_train_batch_size; set gradient_checkpointing = "
-            "True, then lora_rank = 16; lower max_new_tokens")
+        raise InputError("the run would not fit: lower micro_rollout_batch_size, then "
+                         "micro_train_batch_size; set gradient_checkpointing = True, then "
+                         "lora_rank = 16; lower max_new_tokens")
 
 # ---- 16. Adapters: four models on one trunk ----------------------------------------------------
 
-class Adapted(nn.Module):
-    """One of the models that share a trunk: in its forward the adapter `name` works alone, or none
-    does (the reference). Its parameters are that adapter's, the reference's those of the trunk."""
-
-    def __init__(self, trunk, name):
-        super().__init__()
-        self.__dict__["trunk"] = trunk  # past nn.Module: its weights are not all this model's
-        self.name, self.config = name, trunk.config
-        self.layers = [module for module in trunk.modules() if hasattr(module, "base_layer")]
-        self.activation_checkpointing_enable = (
-            getattr(trunk, ENABLE, None) or trunk.gradient_checkpointing_enable)
-        for key, p in trunk.named_parameters():
-            if f".{name}." in key or name is None and ".lora_" not in key:
-                self.register_parameter(key.replace(".", "_"), p)
-
-    def __deepcopy__(self, memo):
-        return self  # so Critic takes the trunk for its body: two adapters share nothing trained
-
-    device = property(lambda self: self.trunk.device)
-    generation_config = property(
-        lambda self: self.trunk.generation_config,
-        lambda self, config: setattr(self.trunk, "generation_config", config))
-    gradient_checkpointing = property(lambda self: any(
-        getattr(module, "gradient_checkpointing", False) for module in self.trunk.modules()))
-
-    def switch(self):
-        for layer in self.layers:
-            layer.enable_adapters(self.name is not None)
-            layer.set_adapter(self.name or [])
-        for key, p in self.trunk.named_parameters():
-            p.requires_grad_(".lora_" in key)  # peft freezes what is off
-        for module in self.trunk.modules():  # `recomputing` has set it for this model alone
-            module.training = self.training and getattr(module, "gradient_checkpointing", False)
-        return self.trunk
-
-    def forward(self, **inputs):
-        return self.switch()(**inputs)
-
-    def generate(self, **inputs):
-        return self.switch().generate(**inputs)
-
-    @torch.no_grad()
-    def save_pretrained(self, folder, state_dict=None):
-        """A plain model, the adapter merged into a copy of the trunk: merging in place and taking
-        it out again would leave rounding in the reference. The adapter itself in folder/adapter."""
-        weights = {key.replace(".base_layer", ""): w for key, w in self.trunk.state_dict().items()
-                   if ".lora_" not in key}
-        for key, layer in self.trunk.named_modules():
-            if layer in self.layers:
-                weights[key + ".weight"] = layer.base_layer.weight + layer.get_delta_weight("actor")
-        self.trunk.save_pretrained(folder, state_dict=weights)
-        folder = os.path.join(folder, "adapter")
-        self.trunk.peft_config["actor"].save_pretrained(folder)
-        safetensors.torch.save_file(
-            {"base_model.model." + key.replace(".actor.", "."): w
-             for key, w in self.trunk.named_parameters() if ".actor." in key},
-            os.path.join(folder, "adapter_model.safetensors"))
-
 def add_adapters(trunk):
-    """Of one loaded model make actor, critic and reference. InputError: no peft."""
+    """Of one loaded model make actor, critic and reference. This is the trunk as it was; the other
+    two are modules of their own around the trunk's weights, each with an adapter, the critic with a
+    head: what they train, move and save is that alone. InputError: no peft."""
     try:
         import peft
     except ImportError:
         raise InputError(f"lora_rank = {lora_rank} needs peft: pip install peft, or set it to 0"
                          ) from None
-    if world_size() > 1:
-        raise InputError(f"lora_rank = {lora_rank}: adapters train in one process: set it to 0")
-    config = peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear",
-                             task_type="CAUSAL_LM", base_model_name_or_path=actor_name)
-    tuner = peft.LoraModel(trunk, dict(actor=config, critic=config), "actor")  # in the trunk itself
-    tuner.inject_adapter(trunk, "critic")
-    critic_model = Critic(Adapted(trunk.base_model, "critic")).eval()
-    return Adapted(trunk, "actor").eval(), critic_model, Adapted(trunk, None).eval()
+    for p in trunk.parameters():
+        p.__deepcopy__ = lambda memo, p=p: p  # copies of the modules share the weights
+    actor_model, critic_model = copy.deepcopy(trunk), Critic(trunk.base_model).eval()
+    for model in (actor_model, critic_model.base_model):
+        model.add_adapter(peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank,
+                                          target_modules="all-linear", task_type="CAUSAL_LM"))
+        for module in model.eval().modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                if not p.requires_grad:  # the trunk's: an attribute here, and no parameter
+                    delattr(module, name)
+                    module.__dict__[name] = p
+    actor_model.save_pretrained = functools.partial(save_merged, actor_model, trunk)
+    return actor_model, critic_model, trunk
+
+@torch.no_grad()
+def save_merged(actor_model, trunk, folder, state_dict=None):
+    """A plain model, the adapter added to copies of the trunk's weights: added in place and taken
+    out again it would leave rounding in the reference. The adapter itself in folder/adapter."""
+    merged = {f"{name}.weight": layer.base_layer.weight + layer.get_delta_weight("default")
+              for name, layer in actor_model.named_modules() if hasattr(layer, "base_layer")}
+    trunk.save_pretrained(folder, state_dict=trunk.state_dict() | merged)
+    type(actor_model).save_pretrained(actor_model, os.path.join(folder, "adapter"))
 
 # ---- 17. Offline demo: the two steps before PPO, small enough for a laptop -----------------------
 # Somebody asks for something. A reply is helpful, plain or rude, on topic or off, with a reason or

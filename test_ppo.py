@@ -3353,8 +3353,8 @@ def test_adapters_need_peft_and_one_process(place, monkeypatch):
         with pytest.raises(ppo.InputError, match="lora_rank = 4 needs peft: pip install peft"):
             ppo.add_adapters(trunk)
     monkeypatch.setattr(ppo, "world_size", lambda: 2)
-    with pytest.raises(ppo.InputError, match="lora_rank = 4.*one process"):
-        ppo.add_adapters(trunk)
+    with pytest.raises(ppo.InputError, match="lora_rank .*several processes"):
+        ppo.check_constants()
 
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing(place):
@@ -3423,6 +3423,15 @@ def test_bill_stops_a_run_that_does_not_fit(place, monkeypatch, capsys):
     monkeypatch.undo()
     base, free = ppo.get_memory()
     assert 2 ** 27 < base < 2 ** 32 and 2 ** 20 < free < 2 ** 50
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_bill_of_models_with_numbers_of_their_own(place, tmp_path, capsys, lora_rank):
+    """Gemma 2 keeps its embeddings' scale as a tensor, that is copied with the critic's body."""
+    make_models(tmp_path, "Gemma2", head_dim=8, num_key_value_heads=2)
+    place(lora_rank=lora_rank)
+    ppo.show_bill()
+    assert "at most" in capsys.readouterr().out
 
 
 def test_bill_of_models_out_of_the_ordinary(place, monkeypatch, capsys):
