@@ -1258,8 +1258,9 @@ def write_folder(path, write):
         shutil.rmtree(temporary, ignore_errors=True)
         os.makedirs(temporary)
         write(temporary)
-        hashes = {os.path.relpath(name, temporary): flush(name)
-                  for name in glob.glob(f"{temporary}/**", recursive=True) if os.path.isfile(name)}
+        hashes = {name: flush(f"{temporary}/{name}")
+                  for name in glob.glob("**", root_dir=temporary, recursive=True)
+                  if os.path.isfile(f"{temporary}/{name}")}
         with open(f"{temporary}/manifest.json", "w") as file:
             json.dump(hashes, file)
         flush(file.name)
@@ -1277,7 +1278,7 @@ def write_folder(path, write):
     return gather(saved)[0]
 
 def save_model(model, weights, tokenizer, folder):
-    tied = getattr(model, "all_tied_weights_keys", ())  # two copies where they came as parts
+    tied = getattr(model, "all_tied_weights_keys", ())  # joined from parts they are two copies
     model.save_pretrained(folder, state_dict={k: w for k, w in weights.items() if k not in tied})
     tokenizer.save_pretrained(folder)
 
@@ -1324,9 +1325,8 @@ def find_checkpoint():
     except Exception as error:
         damaged = [error]
     if damaged:
-        older = [None, *(other for other in list_checkpoints() if other[-6:] < path[-6:])]
-        raise InputError(
-            f"checkpoint {path} is damaged ({damaged[0]}): set resume = {older[-1]!r}")
+        good = [None, *(other for other in list_checkpoints() if other[-6:] < path[-6:])][-1]
+        raise InputError(f"checkpoint {path} is damaged ({damaged[0]}): set resume = {good!r}")
     return path
 
 def load_checkpoint(path, run):
@@ -1340,10 +1340,9 @@ def load_checkpoint(path, run):
                 raise ValueError(f"{name} = {new!r} cannot change on resume, it was {old!r}")
             if new != old and name != "resume":
                 say(f"  resume: {name} was {old!r}, now {new!r}")
-        if lora_rank:
-            actor = safetensors.torch.load_file(f"{path}/actor.safetensors")
-        else:
-            actor = type(run.models[0]).from_pretrained(f"{path}/actor").state_dict()
+        actor = (safetensors.torch.load_file(f"{path}/actor.safetensors") if lora_rank else
+                 type(run.models[0]).from_pretrained(
+                     f"{path}/actor", dtype=torch.float32).state_dict())
         critic = safetensors.torch.load_file(f"{path}/critic.safetensors")
         for model, weights, optimizer, saved in zip(
                 run.models, (actor, critic), run.optimizers, rest["optimizers"]):
