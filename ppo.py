@@ -1226,9 +1226,8 @@ def run_folder():
 
 def get_constants():
     """Their values, functions by their names."""
-    values = {name: globals()[name] for name in CONSTANTS}
     return {name: getattr(value, "__name__", type(value).__name__) if callable(value) else value
-            for name, value in values.items()}
+            for name in CONSTANTS for value in [globals()[name]]}
 
 def take_snapshot(state):
     """State and random numbers at the start of a rollout, in types that need no pickle."""
@@ -1243,67 +1242,64 @@ def put_random(snapshot):
     random.setstate(snapshot["python"])
     numpy.random.set_state(snapshot["numpy"])
 
-def write_folder(path, write):
-    """Calls write(folder) on a temporary folder, flushes that to disk, renames it to `path`: at any
-    time there is the whole of it, or what was there before. -> did it work? Says so if not."""
-    if rank() > 0:
-        return gather(None)[0]  # waits for the first, and for what it tells
-    temporary = path + ".tmp"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
-        write(temporary)
-        files = sorted(os.path.relpath(os.path.join(root, name), temporary)
-                       for root, _, names in os.walk(temporary) for name in names)
-        hashes = {name: flush(os.path.join(temporary, name)) for name in files}
-        with open(os.path.join(temporary, "manifest.json"), "w") as file:
-            json.dump(hashes, file)
-        flush(file.name)
-        if os.path.exists(path):
-            shutil.rmtree(path + ".old", ignore_errors=True)
-            os.rename(path, path + ".old")
-        os.rename(temporary, path)
-        shutil.rmtree(path + ".old", ignore_errors=True)
-    except Exception as error:  # OSError, or safetensors' and torch's own for a full disk
-        shutil.rmtree(temporary, ignore_errors=True)
-        if os.path.exists(path + ".old") and not os.path.exists(path):
-            os.rename(path + ".old", path)
-        say(f"  ! {path} was not written ({error}); what was saved before is whole")
-        return gather(False)[0]
-    return gather(True)[0]
-
 def flush(path):
     """A file to disk -> its hash."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
 
+def write_folder(path, write):
+    """Calls write(folder) on a temporary folder, flushes that to disk, renames it to `path`: at any
+    time there is the whole of it, or what was there before. -> did it work? Says so if not."""
+    if rank() > 0:
+        return gather(None)[0]  # waits for the first, and for what it tells
+    temporary, old, saved = path + ".tmp", path + ".old", False
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+        write(temporary)
+        hashes = {name: flush(f"{temporary}/{name}")
+                  for name in glob.glob("**", root_dir=temporary, recursive=True)
+                  if os.path.isfile(f"{temporary}/{name}")}
+        with open(f"{temporary}/manifest.json", "w") as file:
+            json.dump(hashes, file)
+        flush(file.name)
+        if os.path.exists(path):
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(path, old)
+        os.rename(temporary, path)
+        saved = True
+    except Exception as error:  # OSError, or safetensors' and torch's own for a full disk
+        say(f"  ! {path} was not written ({error}); what was saved before is whole")
+        if os.path.exists(old) and not os.path.exists(path):
+            os.rename(old, path)
+    for left in temporary, old:
+        shutil.rmtree(left, ignore_errors=True)
+    return gather(saved)[0]
+
 def save_model(model, weights, tokenizer, folder):
-    if not lora_rank:  # adapters merge themselves
-        tied = getattr(model, "all_tied_weights_keys", ())
-        weights = {name: weight for name, weight in weights.items() if name not in tied}
-    model.save_pretrained(folder, state_dict=weights)
+    tied = getattr(model, "all_tied_weights_keys", ())  # joined from parts they are two copies
+    model.save_pretrained(folder, state_dict={k: w for k, w in weights.items() if k not in tied})
     tokenizer.save_pretrained(folder)
 
 def save_checkpoint(run):
-    path = os.path.join(run_folder(), "checkpoints",
-                        f"rollout-{run.snapshot['state']['rollout']:06d}")
+    """The start of the rollout that is to come -> is it on disk? The last keep_checkpoints stay."""
+    path = f"{run_folder()}/checkpoints/rollout-{run.snapshot['state']['rollout']:06d}"
     if gather(os.path.exists(path))[0]:  # of this very state: newer ones are put aside on resume
         return True
-    actor, critic = (to_whole(model.state_dict()) for model in run.models[:2])
-    rest = dict(run.snapshot, constants=get_constants(), processes=gather(run.snapshot),
-                optimizers=[to_whole(optimizer.state_dict()) for optimizer in run.optimizers])
+    parts = (*run.models[:2], *run.optimizers)
+    actor, critic, *optimizers = (to_whole(part.state_dict()) for part in parts)
+    rest = dict(constants=get_constants(), processes=gather(run.snapshot), optimizers=optimizers)
 
     def write(folder):
         if run.writer:
             run.writer.flush()  # a run that goes on from here will not write these points again
         if lora_rank:
-            safetensors.torch.save_file(actor, os.path.join(folder, "actor.safetensors"))
+            safetensors.torch.save_file(actor, f"{folder}/actor.safetensors")
         else:
-            save_model(run.models[0], actor, run.sampling["actor_tokenizer"],
-                       os.path.join(folder, "actor"))
-        safetensors.torch.save_file(critic, os.path.join(folder, "critic.safetensors"))
-        torch.save(rest, os.path.join(folder, "rest.pt"))
+            save_model(run.models[0], actor, run.sampling["actor_tokenizer"], f"{folder}/actor")
+        safetensors.torch.save_file(critic, f"{folder}/critic.safetensors")
+        torch.save(rest, f"{folder}/rest.pt")
 
     saved = write_folder(path, write)
     for old in list_checkpoints()[:-keep_checkpoints] if rank() == 0 else []:
@@ -1312,8 +1308,7 @@ def save_checkpoint(run):
 
 def list_checkpoints():
     """Oldest first."""
-    folder = os.path.join(glob.escape(run_folder()), "checkpoints", "rollout-" + "[0-9]" * 6)
-    return sorted(glob.glob(folder))
+    return sorted(glob.glob(f"{run_folder()}/checkpoints/rollout-{'[0-9]' * 6}"))
 
 def find_checkpoint():
     """What the constant `resume` means -> the path of a whole checkpoint, or None."""
@@ -1324,38 +1319,31 @@ def find_checkpoint():
     if not re.fullmatch(r"rollout-\d{6}", os.path.basename(path)):
         raise InputError(f"resume = {path!r} is no checkpoint: those are named rollout-000020")
     try:
-        with open(os.path.join(path, "manifest.json")) as file:
+        with open(f"{path}/manifest.json") as file:
             hashes = json.load(file)
-        damaged = [name for name in hashes if flush(os.path.join(path, name)) != hashes[name]]
+        damaged = [name for name in hashes if flush(f"{path}/{name}") != hashes[name]]
     except Exception as error:
-        damaged = [str(error)]
+        damaged = [error]
     if damaged:
-        name = os.path.basename(path)
-        older = [other for other in list_checkpoints() if os.path.basename(other) < name]
-        instead = repr(older[-1]) if older else "None to start anew"
-        raise InputError(f"checkpoint {path} is damaged ({damaged[0]}): set resume = {instead}")
+        good = [None, *(other for other in list_checkpoints() if other[-6:] < path[-6:])][-1]
+        raise InputError(f"checkpoint {path} is damaged ({damaged[0]}): set resume = {good!r}")
     return path
 
 def load_checkpoint(path, run):
     """Puts everything back, for half of Adam's state or other random numbers would be another run
-    (Trap 30). InputError: a constant that cannot change was changed."""
+    (Trap 30). InputError: it is of other models, or a constant that cannot change was changed."""
     try:
-        rest = torch.load(os.path.join(path, "rest.pt"), weights_only=True)  # runs no pickle
-    except Exception:
-        raise InputError(f"resume: {path} holds no state that can be read: name another") from None
-    for name, old in rest["constants"].items():
-        new = get_constants().get(name)
-        if new != old and name in ("actor_name", "critic_name", "lora_rank"):
-            raise InputError(f"{name} = {new!r} cannot change on resume: it was {old!r}")
-        if new != old and name != "resume":
-            say(f"  resume: {name} was {old!r}, now {new!r}")
-    try:
-        folder = os.path.join(path, "actor")
-        if lora_rank:
-            actor = safetensors.torch.load_file(folder + ".safetensors")
-        else:
-            actor = type(run.models[0]).from_pretrained(folder, dtype=torch.float32).state_dict()
-        critic = safetensors.torch.load_file(os.path.join(path, "critic.safetensors"))
+        rest = torch.load(f"{path}/rest.pt", weights_only=True)  # runs no pickle
+        for name, old in rest["constants"].items():
+            new = get_constants().get(name)
+            if new != old and name in ("actor_name", "critic_name", "lora_rank"):
+                raise ValueError(f"{name} = {new!r} cannot change on resume, it was {old!r}")
+            if new != old and name != "resume":
+                say(f"  resume: {name} was {old!r}, now {new!r}")
+        actor = (safetensors.torch.load_file(f"{path}/actor.safetensors") if lora_rank else
+                 type(run.models[0]).from_pretrained(
+                     f"{path}/actor", dtype=torch.float32).state_dict())
+        critic = safetensors.torch.load_file(f"{path}/critic.safetensors")
         for model, weights, optimizer, saved in zip(
                 run.models, (actor, critic), run.optimizers, rest["optimizers"]):
             own, params = model.state_dict(), optimizer.param_groups[0]["params"]
@@ -1365,13 +1353,13 @@ def load_checkpoint(path, run):
             optimizer.load_state_dict(saved)
     except Exception as error:
         reason = str(error).split("\n")[0]
-        raise InputError(f"resume: {path} does not fit these models: {reason}") from None
-    name = os.path.basename(path)
+        raise InputError(f"resume: {path} cannot be put into this run: {reason}") from None
     for newer in list_checkpoints() if rank() == 0 else []:
-        if os.path.basename(newer) >= name and not os.path.samefile(newer, path):  # not this course
+        if newer[-6:] >= path[-6:] and not os.path.samefile(newer, path):  # of another course
             shutil.rmtree(newer + ".aside", ignore_errors=True)
             os.rename(newer, newer + ".aside")
-    run.state, processes = State(**rest["state"]), rest["processes"]
+    processes = rest["processes"]
+    run.state = State(**processes[0]["state"])
     if len(processes) == world_size():
         put_random(processes[rank()])
     else:
@@ -1531,8 +1519,8 @@ def start_processes():
         store, number, count = next(dist.rendezvous("env://"))
         if os.environ["GROUP_WORLD_SIZE"] == "1":  # a restart would find addresses of before
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        hour = datetime.timedelta(hours=1)  # may the first one write while the others wait
-        dist.init_process_group(store=store, rank=number, world_size=count, timeout=hour)
+        dist.init_process_group(store=store, rank=number, world_size=count,
+                                timeout=datetime.timedelta(hours=1))  # for the first one to write
 
 def place(model):
     """To the device; of several processes each gets its part."""
@@ -1548,15 +1536,15 @@ def place(model):
 
 @contextlib.contextmanager
 def undivided(model):
-    """For `generate`: the whole model in each process, or every token would send for it."""
-    parts = [module for module in model.modules() if hasattr(module, "unshard")]
+    """For `generate`: layers stay whole once they are gathered, or every token would send for
+    them. The first forward gathers all; how many follow is each process' own affair."""
+    parts = [module for module in model.modules() if hasattr(module, "reshard")]
     for part in parts:
-        part.unshard()
         part.set_reshard_after_forward(False)
     yield
     for part in parts:
-        part.reshard()
         part.set_reshard_after_forward(True)
+        part.reshard()
 
 def say(text):
     if rank() == 0:
@@ -1577,7 +1565,7 @@ def my_share(rows):
 def gather_rows(rows):
     """The rows of all processes, in the order that one alone would have."""
     def move(row, target):  # a copy: of a view, pickle would send all that is behind it
-        tensors = {k: v.to(target, copy=True) for k, v in vars(row).items() if hasattr(v, "copy_")}
+        tensors = {k: v.to(target, copy=True) for k, v in vars(row).items() if torch.is_tensor(v)}
         return dataclasses.replace(row, **tensors)
 
     if world_size() == 1:
@@ -1587,23 +1575,21 @@ def gather_rows(rows):
 
 def over_processes(metrics):
     """Sums and a maximum; of the losses, which have the denominator of a share, the mean."""
-    parts = gather(metrics)
     joins = dict(ratio_max=max, policy_loss=numpy.mean, value_loss=numpy.mean)
+    parts = gather(metrics)
     return {name: float(joins.get(name, sum)([p[name] for p in parts])) for name in metrics}
 
 def clip_gradients(model, max_norm):
     """Scales gradients down to a norm of max_norm -> the norm before, that of all parts."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return float(norm.full_tensor() if world_size() > 1 else norm)
+    return float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
 
 def to_whole(tree):
     """A state dict -> one with whole tensors for the first process to write, None for others."""
     if isinstance(tree, dict):
         return {name: to_whole(value) for name, value in tree.items()}
     if hasattr(tree, "full_tensor"):
-        whole = tree.full_tensor()
-        return whole.cpu() if rank() == 0 else None
-    return tree
+        tree = tree.full_tensor().cpu()  # not all of them in one GPU
+    return tree if rank() == 0 else None
 
 def to_part(tensor, like):
     """The part of a whole tensor that this process has of `like`."""
@@ -1612,50 +1598,6 @@ def to_part(tensor, like):
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements,
                              src_data_rank=None).clone()  # a view would keep the whole
-
-@contextlib.contextmanager
-def recomputing(model):
-    """Gradient checkpointing works inside only. In eval() it does nothing, so the layers that
-    recompute are set to training, without what is in them: dropout stays off."""
-    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    for layer in layers:
-        layer.training = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
-
-@contextlib.contextmanager
-def inverse_cdf():
-    """Inside, `generate` draws tokens with one random number a row: torch.multinomial draws one for
-    each token of the vocabulary, at 152k a third of the time of sampling. In float64: in float32 a
-    sum over 152k probabilities would lose the rare ones."""
-    def multinomial(probs, num_samples):
-        cdf = probs.cumsum(-1, dtype=torch.float64)
-        drawn = torch.rand(len(cdf), num_samples, dtype=cdf.dtype, device=cdf.device)
-        return torch.searchsorted(cdf, drawn * cdf[:, -1:], right=True)
-
-    with unittest.mock.patch.object(torch, "multinomial", multinomial):
-        yield
-
-@contextlib.contextmanager
-def untied(model):
-    """Inside, an lm_head that is also the embedding is a parameter of its own on the same memory,
-    and so is its gradient. Tied, autograd holds the gradients of both and their sum beside the one
-    that is there: at a vocabulary of 152k four times the largest tensor, instead of two."""
-    head = getattr(model, "lm_head", None)
-    tied = getattr(head, "weight", None)
-    alone = tied is None or tied is not model.get_input_embeddings().weight or tied.grad is None
-    if alone or hasattr(tied, "placements"):  # or a part of one (FSDP2)
-        yield
-        return
-    head.weight = nn.Parameter(tied.detach())
-    head.weight.grad = tied.grad
-    try:
-        yield
-    finally:
-        head.weight = tied
 
 # ---- 14. Trace: one response, token by token ---------------------------------------------------
 
@@ -1704,7 +1646,51 @@ def trace(rows, actor_model, tokenizer, kl_coef):
     say("\n".join(lines))
     return "\n".join(lines)
 
-# ---- 15. The bill: what a run takes, told before it takes it -----------------------------------
+# ---- 15. What a run takes: less of it, and told before ------------------------------------------
+
+@contextlib.contextmanager
+def recomputing(model):
+    """Gradient checkpointing works inside only. In eval() it does nothing, so the layers that
+    recompute are set to training, without what is in them: dropout stays off."""
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+@contextlib.contextmanager
+def inverse_cdf():
+    """Inside, `generate` draws tokens with one random number a row: torch.multinomial draws one for
+    each token of the vocabulary, at 152k a third of the time of sampling. In float64: in float32 a
+    sum over 152k probabilities would lose the rare ones."""
+    def multinomial(probs, num_samples):
+        cdf = probs.cumsum(-1, dtype=torch.float64)
+        drawn = torch.rand(len(cdf), num_samples, dtype=cdf.dtype, device=cdf.device)
+        return torch.searchsorted(cdf, drawn * cdf[:, -1:], right=True)
+
+    with unittest.mock.patch.object(torch, "multinomial", multinomial):
+        yield
+
+@contextlib.contextmanager
+def untied(model):
+    """Inside, an lm_head that is also the embedding is a parameter of its own on the same memory,
+    and so is its gradient. Tied, autograd holds the gradients of both and their sum beside the one
+    that is there: at a vocabulary of 152k four times the largest tensor, instead of two."""
+    head = getattr(model, "lm_head", None)
+    tied = getattr(head, "weight", None)
+    alone = tied is None or tied is not model.get_input_embeddings().weight or tied.grad is None
+    if alone or hasattr(tied, "placements"):  # or a part of one (FSDP2)
+        yield
+        return
+    head.weight = nn.Parameter(tied.detach())
+    head.weight.grad = tied.grad
+    try:
+        yield
+    finally:
+        head.weight = tied
 
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):
     """Finds the `peak`: the most bytes that tensors made inside, and still alive, take together."""
