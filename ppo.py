@@ -1039,7 +1039,7 @@ class Run:
         self.state = State(kl_coef=kl_coef_start or kl_coef)
         self.steps, self.metrics, self.strikes = [], {}, defaultdict(int)
         self.now, self.stopping, self.after = None, False, []
-        self.signals = contextlib.ExitStack()  # closing it gives them back
+        self.signals = contextlib.ExitStack()  # closed, it puts the handlers of before back
 
     def start(self):
         """Resumes, checks the models, looks at the held-out prompts -> the state."""
@@ -1105,9 +1105,8 @@ class Run:
             yield
             self.now, self.metrics[name] = None, time.perf_counter() - start
         except Stopped:
-            saved = save_checkpoint(self)
-            raise Stopped("stopped and saved: set resume = 'latest' to go on" if saved
-                          else "stopped") from None
+            saved = " and saved: set resume = 'latest' to go on" if save_checkpoint(self) else ""
+            raise Stopped("stopped" + saved) from None
         except FloatingPointError as error:
             self.save_actor("stopped")
             raise InputError(
@@ -1129,8 +1128,9 @@ class Run:
     def finish_rollout(self, rows):
         """Logs it, evaluates and saves where it is time to."""
         state, metrics = self.state, self.metrics | get_rollout_metrics(rows)
-        metrics |= {name: max(step[name] for step in self.steps) if name == "ratio_max"
-                    else self.mean(name) for name in self.steps[0]}
+        metrics |= {name: self.mean(name) for name in self.steps[0]}
+        if "ratio_max" in metrics:
+            metrics["ratio_max"] = max(step["ratio_max"] for step in self.steps)
         seconds = sum(metrics[name] for name in ("generate", "score", "train"))
         metrics["tokens_per_second"] = sum(len(row.action_mask) for row in rows) / seconds
         if policy_loss == "ppo1":
@@ -1141,7 +1141,8 @@ class Run:
         episode = 1 + state.rollout * rollout_batch_size // len(self.prompts_dataset)
         state.rollout += 1
         done, last = state.rollout, state.rollout == self.rollouts
-        left, m = int(seconds * (self.rollouts - done)), defaultdict(float, metrics)
+        left = int(seconds * (self.rollouts - done))
+        m = defaultdict(float, metrics)  # 0 for the policy's while only the critic learns
         say(f"ep {episode:2d} rollout {done:3d}/{self.rollouts} score {m['score_mean']:6.2f} "
             f"kl {m['ref_k1']:5.2f} loss {m['policy_loss']:6.3f} {m['value_loss']:6.3f} "
             f"clip {m['clip_upper'] + m['clip_lower']:.2f} len {m['response_length']:4.1f} "
