@@ -38,7 +38,6 @@ import shutil
 import signal
 import sys
 import textwrap
-import threading
 import time
 import unittest.mock
 import warnings
@@ -929,38 +928,42 @@ def show(text):
 
 # ---- 9. What is logged -------------------------------------------------------------------------
 
-METRICS = {  # tag: what it is, healthy from, to, and where to look outside of that
-    "reward/score_mean": ("score of a response, raw", None, None, ""),
-    "reward/score_std": ("its deviation", 1e-6, None, "all scores are equal: look at the reward"),
-    "reward/after_kl": ("score - kl_coef KL", None, None, ""),
-    "reward/gold": ("gold_fn of a response", None, None, ""),
-    "reward/gold_lost": ("gold below its best", None, 0.1, "the reward is hacked: raise kl_coef"),
-    "kl/ref_k1": ("KL to ref, nats a response", -0.5, None, "sampling and scoring differ: Trap 8"),
-    "kl/ref_k3": ("the same, never negative", None, 100, "far from ref: raise kl_coef"),
-    "kl/kl_coef": ("price of a nat", None, None, ""),
-    "kl/ppo1_beta": ("price of KL(old, new)", None, None, ""),
-    "rollout/response_length": ("tokens", None, None, ""),
-    "rollout/ended": ("share that ended", 0.05, None, "raise max_new_tokens, missing_eos_penalty"),
-    "rollout/advantage_std": ("before whitening", None, None, ""),
-    "policy_loss": ("its value is no progress: Trap 26", None, None, ""),
-    "policy/ratio_mean": ("pi / pi_old", 0.9, 1.1, "steps are too large: lower actor_lr"),
-    "policy/ratio_max": ("pi / pi_old", None, 100, "steps are too large: lower actor_lr"),
-    "policy/clip_upper": ("share of tokens", None, 0.2, "lower actor_lr or max_epochs"),
-    "policy/clip_lower": ("share of tokens", None, 0.2, "lower actor_lr or max_epochs"),
-    "policy/approx_kl": ("KL(old, new), nats a token", None, 0.1, "lower actor_lr, set target_kl"),
-    "policy/entropy": ("nats a token", 0.01, None, "collapse: raise kl_coef or entropy_coef"),
-    "policy/actor_grad_norm": ("before clipping", None, None, ""),
-    "policy/actor_lr": ("learning rate", None, None, ""),
-    "value_loss": ("squared error / 2", None, None, ""),
-    "value/value_clip_fraction": ("share of tokens", None, 0.5, "raise value_clip_eps"),
-    "value/explained_variance": ("1: V knows all", -0.5, None, "lower critic_lr"),
-    "value/critic_grad_norm": ("before clipping", None, None, ""),
-    "value/critic_lr": ("learning rate", None, None, ""),
-    "time/tokens_per_second": ("of responses", None, None, ""),
-    "time/generate": ("seconds", None, None, ""),
-    "time/score": ("seconds", None, None, ""),
-    "time/train": ("seconds", None, None, ""),
+CHARTS = {  # TensorBoard's page: what a tag is; or that, healthy from, to, and where else to look
+    "4 models: score and gold": {
+        "reward/score_mean": "score of a response, raw", "reward/after_kl": "score - kl_coef KL",
+        "reward/score_std": ("its deviation", 1e-6, None, "scores are equal: look at the reward"),
+        "reward/gold": "gold_fn of a response",
+        "reward/gold_lost": ("gold below its best", None, 0.1, "reward is hacked: raise kl_coef")},
+    "4 models: KL to the reference": {
+        "kl/ref_k1": ("nats a response", -0.5, None, "sampling and scoring differ: Trap 8"),
+        "kl/ref_k3": ("the same, never negative", None, 100, "far from ref: raise kl_coef")},
+    "4 models: KL's price": {"kl/kl_coef": "of a nat", "kl/ppo1_beta": "of KL(old, new)"},
+    "4 models: what V knows": {
+        "value/explained_variance": ("1: V knows all", -0.5, None, "lower critic_lr"),
+        "rollout/advantage_std": "before whitening"},
+    "4 models: entropy, share that ended": {
+        "policy/entropy": ("nats a token", 0.01, None, "collapse: raise kl_coef or entropy_coef"),
+        "rollout/ended": ("of responses", 0.05, None, "raise max_new_tokens, missing_eos_penalty")},
+    "4 models: response length": {"rollout/response_length": "tokens"},
+    "2 losses: policy_loss, tokens clipped": {
+        "policy_loss": "its value is no progress: Trap 26",
+        "policy/approx_kl": ("KL(old, new) a token", None, 0.1, "lower actor_lr, set target_kl"),
+        "policy/clip_upper": ("share of tokens", None, 0.2, "lower actor_lr or max_epochs"),
+        "policy/clip_lower": ("share of tokens", None, 0.2, "lower actor_lr or max_epochs")},
+    "2 losses: ratio": {
+        "policy/ratio_mean": ("pi / pi_old", 0.9, 1.1, "steps are too large: lower actor_lr"),
+        "policy/ratio_max": ("pi / pi_old", None, 100, "steps are too large: lower actor_lr")},
+    "2 losses: value_loss, tokens clipped": {
+        "value_loss": "squared error / 2",
+        "value/value_clip_fraction": ("share of tokens", None, 0.5, "raise value_clip_eps")},
+    "loop: learning rates": {"policy/actor_lr": "as scheduled", "value/critic_lr": "as scheduled"},
+    "loop: gradient norms": {
+        "policy/actor_grad_norm": "before clipping", "value/critic_grad_norm": "before clipping"},
+    "loop: tokens a second": {"time/tokens_per_second": "of responses"},
+    "loop: seconds": {"time/generate": "seconds", "time/score": "seconds", "time/train": "seconds"},
 }
+METRICS = {tag: row if isinstance(row, tuple) else (row, None, None, "")
+           for tags in CHARTS.values() for tag, row in tags.items()}
 
 def add_policy_metrics(metrics, policy_loss, action_log_probs, batch, clip_eps, clip_eps_high):
     """Adds sums over a micro-batch's real tokens: padding would only thin them out (Trap 25)."""
@@ -986,8 +989,7 @@ def finish_metrics(metrics):
     """Sums -> means over the tokens of the step, of all processes."""
     metrics = over_processes(metrics)
     whole = ("policy_loss", "value_loss", "ratio_max", "tokens")
-    return {name: value if name in whole else value / metrics["tokens"]
-            for name, value in metrics.items()}
+    return {name: x if name in whole else x / metrics["tokens"] for name, x in metrics.items()}
 
 def get_rollout_metrics(rows):
     """Rows -> means over all real tokens of a rollout, or over its responses."""
@@ -1025,7 +1027,8 @@ class State:
     score_moments: list = field(default_factory=lambda: [0, 0.0, 0.0])
 
 class Run:
-    """Log, evaluation, checkpoints and signals around the loop of `train`."""
+    """Log, evaluation, checkpoints and signals around the loop of `train`. `steps` and `metrics`
+    are those of the rollout under way, `snapshot` is its start: what is saved if it is dropped."""
 
     def __init__(self, models, optimizers, sampling, scoring, prompts_dataset, eval_dataset,
                  writer):
@@ -1033,15 +1036,13 @@ class Run:
         self.sampling, self.scoring = sampling, scoring
         self.prompts_dataset, self.eval_dataset = prompts_dataset, eval_dataset
         self.rollouts = math.ceil(episodes * len(prompts_dataset) / rollout_batch_size)
-        rows = rollout_batch_size * n_samples_per_prompt
-        self.total_steps = self.rollouts * max_epochs * math.ceil(rows / train_batch_size)
-        self.state = State(kl_coef=kl_coef if kl_coef_start is None else kl_coef_start)
-        self.steps, self.seconds, self.strikes = [], {}, defaultdict(int)
-        self.now, self.stopping, self.before, self.after = None, False, [], []
-        self.old_handlers = {}
+        self.state = State(kl_coef=kl_coef_start or kl_coef)
+        self.steps, self.metrics, self.strikes = [], {}, defaultdict(int)
+        self.now, self.stopping, self.after = None, False, []
+        self.signals = contextlib.ExitStack()  # closed, it puts the handlers of before back
 
     def start(self):
-        """Resumes, checks the models, looks at the held-out prompts."""
+        """Resumes, checks the models, looks at the held-out prompts -> the state."""
         path = find_checkpoint()
         if path:
             load_checkpoint(path, self)
@@ -1050,31 +1051,23 @@ class Run:
         snapshot = take_snapshot(self.state)
         if self_check != "off":
             run_self_check(self)
-        self.before = self.evaluate(self.models[3])  # the reference: what the actor was
-        if self.writer and not path:
+        if self.writer and not path:  # a resumed run goes on in a folder that has them
             lines = [f"| {name} | {show(repr(value))} |" for name, value in get_constants().items()]
             self.writer.add_text("constants", "\n".join(["| constant | value |", "|-|-|", *lines]))
-            self.log_evaluation(self.before)
-        if threading.current_thread() is threading.main_thread():  # no other may catch signals
-            self.old_handlers = {number: signal.signal(number, self.on_signal)
-                                 for number in (signal.SIGINT, signal.SIGTERM)}
+            pages = defaultdict(dict)
+            for title, tags in CHARTS.items():
+                page, chart = title.split(": ")
+                pages[page][chart] = ["Multiline", list(tags)]
+            self.writer.add_custom_scalars(pages)
+        self.before = self.evaluate(self.models[3], log=not path)  # the reference: the actor before
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.signals.callback(signal.signal, number, signal.signal(number, self.on_signal))
         put_random(snapshot)  # whatever was drawn here: a resumed run must not notice
-        self.started, self.first = time.perf_counter(), self.state.rollout
         return self.state
 
-    def release_signals(self):
-        for number, handler in self.old_handlers.items():
-            signal.signal(number, handler)
-
     def goes_on(self):
-        """Is there another rollout? Remembers its start, in case that it is dropped."""
         self.snapshot = take_snapshot(self.state)
         return self.state.rollout < self.rollouts
-
-    def stop(self):
-        self.release_signals()
-        saved = save_checkpoint(self)
-        raise Stopped("stopped and saved: set resume = 'latest' to go on" if saved else "stopped")
 
     def fraction(self):
         return self.state.rollout / self.rollouts
@@ -1085,128 +1078,119 @@ class Run:
 
     def epochs(self, buffer):
         """All minibatches of all epochs, the learning rates set for each."""
-        step = self.state.rollout * self.total_steps // self.rollouts
-        self.kl_coef = self.state.kl_coef  # that of this rollout, `train` may adapt it after this
+        steps = max_epochs * math.ceil(len(buffer.rows) / train_batch_size)
+        step, rates = self.state.rollout * steps, dict(actor_lr=actor_lr, critic_lr=critic_lr)
+        self.metrics["kl_coef"] = self.state.kl_coef  # noted here: `train` may adapt it after this
         for _ in range(max_epochs):
             order = torch.Generator().manual_seed(seed * 1_000_003 + step)  # one in all processes
             for experience in buffer.minibatches(train_batch_size, order):
-                factor = get_lr_factor(step, self.total_steps)
-                for optimizer, lr in zip(self.optimizers, (actor_lr, critic_lr)):
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr * factor
+                factor = get_lr_factor(step, self.rollouts * steps)
+                for optimizer, (name, lr) in zip(self.optimizers, rates.items()):
+                    self.metrics[name] = optimizer.param_groups[0]["lr"] = lr * factor
                 yield experience
                 step += 1
 
     def mean(self, name):
         """Of a train_step metric over the rollout's steps, weighted by their tokens."""
-        steps = [step for step in self.steps if name in step]
-        return (sum(step[name] * step["tokens"] for step in steps)
-                / sum(step["tokens"] for step in steps))
+        return (sum(step[name] * step["tokens"] for step in self.steps)
+                / sum(step["tokens"] for step in self.steps))
 
     @contextlib.contextmanager
     def phase(self, name):
-        """Times a phase, and says where a loss that is not finite came up."""
+        """Times a phase. A signal, or a loss that is not finite, ends the run with all saved."""
         start, self.now = time.perf_counter(), name
         try:
             if any(gather(self.stopping)):
                 raise Stopped
             yield
-        except BaseException as error:
-            self.release_signals()
-            if isinstance(error, Stopped):
-                self.stop()
-            if not isinstance(error, FloatingPointError):
-                raise
+            self.now, self.metrics[name] = None, time.perf_counter() - start
+        except Stopped:
+            saved = " and saved: set resume = 'latest' to go on" if save_checkpoint(self) else ""
+            raise Stopped("stopped" + saved) from None
+        except FloatingPointError as error:
             self.save_actor("stopped")
             raise InputError(
                 f"rollout {self.state.rollout + 1}, optimizer step {len(self.steps) + 1}: {error}; "
                 f"lower actor_lr or critic_lr; {run_folder()}/stopped has the actor") from None
-        self.now, self.seconds[name] = None, time.perf_counter() - start
-
-    def finish_rollout(self, rows):
-        """Logs it, evaluates and saves where it is time to."""
-        state, metrics = self.state, get_rollout_metrics(rows) | self.seconds
-        metrics |= {name: self.mean(name) for name in set().union(*self.steps)}
-        if "ratio_max" in metrics:
-            metrics["ratio_max"] = max(step["ratio_max"] for step in self.steps)
-        metrics |= {name: optimizer.param_groups[0]["lr"]
-                    for name, optimizer in zip(("actor_lr", "critic_lr"), self.optimizers)}
-        metrics["tokens_per_second"] = sum(len(row.action_mask) for row in rows) / sum(
-            self.seconds.values())
-        metrics["kl_coef"] = self.kl_coef
-        if policy_loss == "ppo1":
-            metrics["ppo1_beta"] = state.ppo1_beta
-        if "gold" in metrics:
-            state.best_gold = max(state.best_gold, metrics["gold"])
-            metrics["gold_lost"] = state.best_gold - metrics["gold"]
-        self.log(metrics)
-        self.steps, self.seconds = [], {}
-        state.rollout += 1
-        if trace_every and state.rollout % trace_every == 0:
-            text = trace(rows, self.models[0], self.sampling["actor_tokenizer"],
-                         self.kl_coef if kl_in == "reward" else 0.0)
-            if self.writer:  # indented, so that Markdown leaves it as it is
-                self.writer.add_text("trace", textwrap.indent(text, "    "), state.rollout)
-        last = state.rollout == self.rollouts
-        if last or eval_every and state.rollout % eval_every == 0:
-            self.after = self.evaluate(self.models[0])
-            self.log_evaluation(self.after)
-        if save_every and (last or state.rollout % save_every == 0):
-            self.snapshot = take_snapshot(state)
-            save_checkpoint(self)
-
-    def log(self, metrics):
-        """A console line, all tags, advice where one is outside its range for the third time."""
-        done = self.state.rollout + 1
-        left = (time.perf_counter() - self.started) / (done - self.first) * (self.rollouts - done)
-        left = f"{int(left) // 60}:{int(left) % 60:02d}"
-        clip = metrics.get("clip_upper", 0.0) + metrics.get("clip_lower", 0.0)
-        episode = 1 + self.state.rollout * rollout_batch_size // len(self.prompts_dataset)
-        say(f"ep {episode:2d} rollout {done:3d}/{self.rollouts} score {metrics['score_mean']:6.2f} "
-            f"kl {metrics['ref_k1']:5.2f} loss {metrics.get('policy_loss', 0.0):6.3f} "
-            f"{metrics['value_loss']:6.3f} clip {clip:.2f} len {metrics['response_length']:4.1f} "
-            f"{metrics['tokens_per_second']:5.0f} tok/s {left} left")
-        for tag, (what, low, high, advice) in METRICS.items():
-            value = metrics.get(tag.split("/")[-1])
-            if value is None:
-                continue
-            if self.writer:
-                self.writer.add_scalar(tag, value, done)
-            outside = low is not None and value < low or high is not None and value > high
-            self.strikes[tag] = self.strikes[tag] + 1 if outside else 0
-            if self.strikes[tag] == 3:
-                say(f"  ! {tag} ({what}) is {value:.3g}, the third time in a row: {advice}")
-
-    def evaluate(self, actor_model):
-        if not self.eval_dataset:
-            return []
-        return evaluate(self.eval_dataset, actor_model, *self.models[1:], self.sampling,
-                        self.scoring, seed)
-
-    def log_evaluation(self, rows):
-        """Held-out prompts to TensorBoard; keeps the best actor so far."""
-        if not rows:
-            return
-        metrics, done = get_rollout_metrics(rows), self.state.rollout
-        if self.writer:
-            for name in {"score_mean", "ref_k1", "gold"}.intersection(metrics):
-                self.writer.add_scalar(f"eval/{name}", metrics[name], done)
-            lines = [f"| {show(str(row.info['item']['prompt']))} | {show(row.info['response'])} "
-                     f"| {row.info['raw_score']:.2f} |".replace("\n", " ") for row in rows[:16]]
-            lines = ["| prompt | response | score |", "|-|-|-|", *lines]
-            self.writer.add_text("samples", "\n".join(lines), done)
-        if done and metrics["after_kl"] > self.state.best:
-            self.state.best = metrics["after_kl"]
-            self.save_actor("best")
+        finally:
+            if name not in self.metrics:  # the run ends here
+                self.signals.close()
 
     def on_signal(self, *_):
         """The first one stops in good order, a second one at once."""
-        for number in self.old_handlers:
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         self.stopping = True
         say("  stopping; once more to stop at once")
         if self.now in ("generate", "score") and world_size() == 1:
             raise Stopped  # drops this rollout; `phase` saves its start
+
+    def finish_rollout(self, rows):
+        """Logs it, evaluates and saves where it is time to."""
+        state, metrics = self.state, self.metrics | get_rollout_metrics(rows)
+        metrics |= {name: self.mean(name) for name in self.steps[0]}
+        if "ratio_max" in metrics:
+            metrics["ratio_max"] = max(step["ratio_max"] for step in self.steps)
+        seconds = sum(metrics[name] for name in ("generate", "score", "train"))
+        metrics["tokens_per_second"] = sum(len(row.action_mask) for row in rows) / seconds
+        if policy_loss == "ppo1":
+            metrics["ppo1_beta"] = state.ppo1_beta
+        if "gold" in metrics:
+            state.best_gold = max(state.best_gold, metrics["gold"])
+            metrics["gold_lost"] = state.best_gold - metrics["gold"]
+        episode = 1 + state.rollout * rollout_batch_size // len(self.prompts_dataset)
+        state.rollout += 1
+        done, last = state.rollout, state.rollout == self.rollouts
+        left = int(seconds * (self.rollouts - done))
+        m = defaultdict(float, metrics)  # 0 for the policy's while only the critic learns
+        say(f"ep {episode:2d} rollout {done:3d}/{self.rollouts} score {m['score_mean']:6.2f} "
+            f"kl {m['ref_k1']:5.2f} loss {m['policy_loss']:6.3f} {m['value_loss']:6.3f} "
+            f"clip {m['clip_upper'] + m['clip_lower']:.2f} len {m['response_length']:4.1f} "
+            f"{m['tokens_per_second']:5.0f} tok/s {left // 60}:{left % 60:02d} left")
+        self.log(metrics)
+        if trace_every and done % trace_every == 0:
+            text = trace(rows, self.models[0], self.sampling["actor_tokenizer"],
+                         metrics["kl_coef"] if kl_in == "reward" else 0.0)
+            if self.writer:  # indented, so that Markdown leaves it as it is
+                self.writer.add_text("trace", textwrap.indent(text, "    "), done)
+        self.steps, self.metrics = [], {}
+        if last or eval_every and done % eval_every == 0:
+            self.after = self.evaluate(self.models[0])
+        if save_every and (last or done % save_every == 0):
+            self.snapshot = take_snapshot(state)
+            save_checkpoint(self)
+
+    def log(self, metrics):
+        """All tags, and advice where one is outside of its range for the third time in a row."""
+        for tag, (what, low, high, advice) in METRICS.items():
+            value = metrics.get(tag.split("/")[-1])
+            if value is None:
+                continue
+            if self.writer:
+                self.writer.add_scalar(tag, value, self.state.rollout)
+            outside = low is not None and value < low or high is not None and value > high
+            self.strikes[tag] = self.strikes[tag] + 1 if outside else 0
+            if self.strikes[tag] == 3:
+                say(f"  ! {tag} ({what}) is {value:.3g}, the third time in a row: {advice}")
+
+    def evaluate(self, actor_model, log=True):
+        """Held-out prompts -> rows; to TensorBoard too. Keeps the best actor so far."""
+        if not self.eval_dataset:
+            return []
+        rows = evaluate(self.eval_dataset, actor_model, *self.models[1:], self.sampling,
+                        self.scoring, seed)
+        metrics, done = get_rollout_metrics(rows), self.state.rollout
+        if log and self.writer:
+            for name in {"score_mean", "ref_k1", "gold"}.intersection(metrics):
+                self.writer.add_scalar(f"eval/{name}", metrics[name], done)
+            lines = [f"| {show(str(row.info['item']['prompt']))} | {show(row.info['response'])} "
+                     f"| {row.info['raw_score']:.2f} |" for row in rows[:16]]
+            lines = ["| prompt | response | score |", "|-|-|-|", *lines]
+            self.writer.add_text("samples", "\n".join(lines), done)
+        if log and done and metrics["after_kl"] > self.state.best:
+            self.state.best = metrics["after_kl"]
+            self.save_actor("best")
+        return rows
 
     def save_actor(self, name):
         """runs/<run_name>/<name>: an ordinary folder for `from_pretrained`, with the tokenizer."""
@@ -1215,8 +1199,8 @@ class Run:
             self.models[0], weights, self.sampling["actor_tokenizer"], folder))
 
     def finish(self):
-        self.release_signals()
-        self.after = self.after or self.evaluate(self.models[0])  # or: resumed at its end
+        self.signals.close()
+        self.after = self.after or self.evaluate(self.models[0], log=False)  # resumed at its end
         return self
 
 # ---- 11. Checkpoints ---------------------------------------------------------------------------

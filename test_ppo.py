@@ -39,6 +39,7 @@ import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings, strategies as st
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.tensorboard import SummaryWriter
@@ -1513,10 +1514,10 @@ class Writer:
     def add_text(self, tag, text, *step):
         self.texts.append(text)
 
-    def flush(self):
+    def flush(self, *_):
         pass
 
-    close = flush
+    close = add_custom_scalars = flush
 
 
 def some_score(prompts, responses, **columns):
@@ -2849,13 +2850,13 @@ def flatten(value, name):
         yield name, value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
 
 
-def read_events(folder):
+def read_events(folder, hidden="time|constants"):
     """All points that TensorBoard shows: {tag: [(step, bits)]}, but for times and constants."""
     events = EventAccumulator(str(folder / "runs" / "tiny"), size_guidance={"tensors": 0})
     events.Reload()
     return {tag: [(event.step, event.tensor_proto.SerializeToString())
                   for event in events.Tensors(tag)]
-            for tag in events.Tags()["tensors"] if not re.match("time|constants", tag)}
+            for tag in events.Tags()["tensors"] if not re.match(hidden, tag)}
 
 
 def read_end(folder):
@@ -2905,7 +2906,7 @@ def test_an_uninterrupted_run_logs_each_point_once(whole):
     assert "eval/score_mean" in points and "kl/ppo1_beta" in points
     for tag, values in points.items():
         steps = [step for step, *_ in values]
-        every = {"eval": [0, 2, 4, 6], "samples": [0, 2, 4, 6]}.get(
+        every = {"eval": [0, 2, 4, 6], "samples": [0, 2, 4, 6], "custom_scalars__config__": [0]}.get(
             re.split("/", tag)[0], [1, 2, 3, 4, 5, 6])
         if re.match("policy", tag) and not re.search("lr|entropy", tag):
             every = every[1:]  # the critic warms up first
@@ -3904,6 +3905,43 @@ def test_the_table_of_curves_is_that_of_the_code():
     for tag, (what, low, high, advice) in ppo.METRICS.items():
         healthy = f"{'' if low is None else low} .. {'' if high is None else high}"
         assert table[tag] == (what, "" if low is high is None else healthy, advice), tag
+
+
+def read_layout(folder):
+    """What TensorBoard's page of custom scalars shows: [(page, chart, tags)]."""
+    events = EventAccumulator(str(folder / "runs" / "tiny"), size_guidance={"tensors": 0})
+    events.Reload()
+    event, = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    return [(page.title, chart.title, list(chart.multiline.tag))
+            for page in layout.category for chart in page.chart]
+
+
+def test_the_page_of_custom_scalars_draws_each_tag_in_one_chart(whole):
+    """Of a real run, as it lies in the file of events. TensorBoard takes a tag of a chart for a
+    regular expression, of which a tag's beginning is enough."""
+    charts = read_layout(whole.folder)
+    assert list(dict.fromkeys(page for page, _, _ in charts)) == ["4 models", "2 losses", "loop"]
+    assert [tag for _, _, tags in charts for tag in tags] == list(ppo.METRICS)
+    logged = {tag for tag in read_events(whole.folder, hidden="$") if tag in ppo.METRICS}
+    assert set(ppo.METRICS) - logged == {"reward/gold", "reward/gold_lost"}  # it has no gold_fn
+    for tag in ppo.METRICS:
+        shown = [chart for _, chart, tags in charts if any(re.match(name, tag) for name in tags)]
+        assert len(shown) == 1, (tag, shown)
+    assert all(any(tag in logged for tag in tags) for _, _, tags in charts)  # none is empty
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("tag", [tag for tag, row in ppo.METRICS.items() if row[3]])
+def test_the_third_rollout_outside_of_a_range_brings_advice_once(tag, capsys):
+    """Not the second one in a row, and anew after one that is inside."""
+    run = ppo.Run((), (), {}, {}, [0], None, None)
+    what, low, high, advice = ppo.METRICS[tag]
+    good, bad = (low or 0) + 0.01, (low - 0.01) if high is None else high + 0.01
+    for value, said in ((bad, 0), (bad, 0), (good, 0), (bad, 0), (bad, 0), (bad, 1), (bad, 0)):
+        run.log({tag.split("/")[-1]: value})
+        out = capsys.readouterr().out
+        assert out.count(f"! {tag} ({what}) is ") == out.count(advice) == said, out
 
 
 def test_each_trap_of_the_page_names_a_test_that_is_here():
