@@ -1630,7 +1630,7 @@ def trace(rows, actor_model, tokenizer, kl_coef):
     say("\n".join(lines))
     return "\n".join(lines)
 
-# ---- 15. What a run takes: less of it, and told before ------------------------------------------
+# ---- 15. What a run takes: less of it, and told before -----------------------------------------
 
 @contextlib.contextmanager
 def recomputing(model):
