@@ -1354,134 +1354,96 @@ def load_checkpoint(path, run):
 
 def run_self_check(run):
     """Tries what the formulas rest on, on these models and prompts, a line for each check. A failed
-    one stops the run, or warns, as the constant self_check says."""
-    failed = []
-
-    def check(name, passed, found, advice):
-        say(f"  {'✓' if passed else '✗'} {name}: {found}" + ("" if passed else f". {advice}"))
-        if not passed:
-            failed.append(name)
-
-    head = run.models[1].value_head.weight  # at 0 it would agree with everything
+    one stops the run, or warns, as the constant self_check says. Leaves gradients, which train_step
+    clears, and other random numbers."""
+    head, failed = run.models[1].value_head.weight, []
     saved = head.detach().clone()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        nn.init.normal_(head)
-        samples_list, rows = check_forward(run, check)
-        check_update(run, samples_list, rows, check)
-    with torch.no_grad():
-        head.copy_(saved)
-    for model in run.models:
-        if isinstance(model, nn.Module):
-            model.zero_grad(set_to_none=True)
+    nn.init.xavier_normal_(head)  # at 0 it would agree with everything
+    for name, numbers, limit, advice in check_forward(run):
+        off = torch.as_tensor(numbers).float().abs().max().item()
+        tick, hint = ("✓", "") if off < limit else ("✗", f". {advice}")
+        say(f"  {tick} {name}: off by {off:.2g}{hint}")
+        failed += [name] if hint else []
+    head.data.copy_(saved)
     if failed and self_check == "stop":
         raise InputError(f"self-check: {failed[0]}: not so; mend it, or set self_check = 'warn'")
 
-def check_forward(run, check):
-    """The properties of one forward. Rounding of bf16 on a GPU is reported and not judged."""
-    actor, critic, tokenizer = run.models[0], run.models[1], run.sampling["actor_tokenizer"]
-    exact = 1e-4 if device == "cpu" else math.inf
+def check_forward(run):
+    """Yields for each check its name, numbers, the limit below which they should be, and what to
+    change where they are not."""
+    actor, critic, _, ref = run.models
+    rounding = 1e-4 if device == "cpu" else math.inf  # that of bf16 is reported and not judged
+    tokenizer, few = run.sampling["actor_tokenizer"], min(max_new_tokens, 16)
+    end_tokens, pad = get_end_tokens(actor, tokenizer), tokenizer.pad_token_id
     prompts = sorted(list(run.prompts_dataset)[:64], key=lambda item: len(item["text"]))
-    prompts = [prompts[0], prompts[-1]]  # of two lengths, so that one is padded
-    sampling = run.sampling | dict(n_samples_per_prompt=2, max_new_tokens=min(max_new_tokens, 16))
-    samples_list = generate_samples(prompts, actor, **sampling)
-    rows = generate_experiences(samples_list, *run.models, **run.scoring)
-    batch, end_tokens = collate_fn(rows), torch.tensor(get_end_tokens(actor, tokenizer))
-
-    def outputs(batch):
-        n, inputs = batch.action_mask.shape[1], (batch.seqs, batch.attention_mask)
-        with torch.no_grad():
-            log_probs = compute_log_probs(actor, *inputs, n, temperature)
-            return torch.stack([log_probs, critic(*inputs, n)])
-
-    def largest(difference):
-        return (difference * batch.action_mask).abs().max().item()
-
-    here = outputs(batch)
-    off = largest(here[0] - batch.old_action_log_probs)
-    check("the ratio is 1 at step 0", off < exact, f"its log is at most {off:.1e}",
-          "The actor's forward does not repeat itself: is dropout on?")
-    off, started = batch.kl.abs().max().item(), run.state.rollout > 0
-    check("KL to the reference is 0 at step 0", started or off < exact, f"up to {off:.1e}",
-          "The reference is another model: load both from actor_name")
-    off = compare_sampler(actor, tokenizer, prompts)
-    check("sampled is what is scored", off < 1e-4, f"probabilities differ by {off:.1e}",
-          "`generate` filters or reweighs: look at the model's generation_config")
-    other = torch.where(batch.attention_mask.bool(), batch.seqs, batch.seqs.flip(1))
-    off = largest(outputs(dataclasses.replace(batch, seqs=other)) - here)
-    check("what stands under padding does not count", off < exact, f"it changes {off:.1e}",
-          "The model ignores attention_mask: it cannot be trained in batches")
-    future = batch.seqs.clone()
-    future[:, -batch.action_mask.shape[1]:] = batch.seqs[:, :1]  # other actions
-    off = (outputs(dataclasses.replace(batch, seqs=future)) - here)[1, :, 0].abs().max().item()
-    check("V(s_0) does not see the response", off < exact, f"it changes by {off:.1e}",
-          "The critic is no decoder: set critic_name to one, or to None")
-    alone = torch.zeros_like(here)
-    for i, row in enumerate(rows):
-        alone[:, i, :len(row.action_mask)] = outputs(collate_fn([row]))[:, 0]
-    off = largest(alone - here)
-    check("a row alone is as in a batch", off < exact, f"differs by {off:.1e}",
-          "The model ignores position_ids: set the micro batch sizes to 1")
-    ends = [int(torch.isin(row.seqs.cpu()[-len(row.action_mask):], end_tokens).sum())
-            for row in rows]
-    made = get_action_mask(torch.tensor([[-1, end_tokens[0], end_tokens[0]]]), end_tokens.tolist())
-    right = ends == [int(row.info["ended"]) for row in rows] and made.tolist() == [[1, 1, 0]]
-    check("the end token is one action", right, f"{sum(ends)} in {len(ends)} responses",
-          "The action mask is wrong: rewards would get lost")
-    return samples_list, rows
-
-def compare_sampler(actor, tokenizer, prompts):
-    """The largest difference of what `generate` draws from to softmax(logits / temperature)."""
-    inputs = tokenizer([item["text"] for item in prompts], return_tensors="pt", padding=True,
-                       truncation=True, max_length=max_length).to(device)
-    with undivided(actor), plain_sampling(
-            actor, get_end_tokens(actor, tokenizer), tokenizer.pad_token_id, temperature,
-            min(max_new_tokens, 8)):
+    sampling = run.sampling | dict(n_samples_per_prompt=2, max_new_tokens=few)
+    samples_list = generate_samples([prompts[0], prompts[-1]], actor, **sampling)  # one is padded
+    prompt_mask = samples_list[0].attention_mask[:, :-samples_list[0].num_actions]
+    with undivided(actor), plain_sampling(actor, end_tokens, pad, temperature, few):
         output = actor.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
+            input_ids=samples_list[0].seqs[:, :prompt_mask.shape[1]], attention_mask=prompt_mask,
             return_dict_in_generate=True, output_scores=True, output_logits=True)
-    drawn, raw = torch.stack(output.scores).float(), torch.stack(output.logits).float()
-    return (drawn.softmax(-1) - (raw / temperature).softmax(-1)).abs().max().item()
+    drawn, scored = torch.stack(output.scores), torch.stack(output.logits) / temperature
+    yield ("sampled is what is scored", drawn.softmax(-1) - scored.softmax(-1), 1e-4,
+           "`generate` filters or reweighs: look at the model's generation_config")
 
-def check_update(run, samples_list, rows, check):
-    """The way of the score, and the properties of a backward."""
-    actor, critic, reward, ref = run.models
-    good, bad = (generate_experiences(
-        samples_list, actor, critic, lambda prompts, responses, **_: [sign] * len(responses), ref,
+    rows, alone, worse = (generate_experiences(
+        samples_list, actor, critic, lambda prompts, responses, **_: [score] * len(responses), ref,
         gamma=gamma, lambd=lambd, whiten_advantages=False, truncated=truncated,
-        temperature=temperature, micro_train_batch_size=micro_train_batch_size)
-        for sign in (1.0, -1.0))
-    moves = [(up.advantages - down.advantages).tolist() for up, down in zip(good, bad)]
-    check("the score arrives", all(move[-1] > 1.9 and min(move) >= 0 for move in moves),
-          f"score 1 for -1 moves A_t by {min(map(min, moves)):.2f} to {max(map(max, moves)):.2f}",
-          "The end of a response gets no reward: look at action_mask and compute_rewards")
-    gradients = []
+        temperature=temperature, micro_train_batch_size=size)
+        for score, size in ((1.0, 4), (1.0, 1), (-1.0, 4)))
+    batch, alone = collate_fn(rows), collate_fn(alone)
+    seqs, T = batch.seqs, batch.action_mask.shape[1]
+
+    @torch.no_grad()
+    def outputs(seqs):
+        inputs = seqs, batch.attention_mask, T
+        both = torch.stack([compute_log_probs(actor, *inputs, temperature), critic(*inputs)])
+        return both * batch.action_mask
+
+    here, others = outputs(seqs), (seqs == 0).long()  # each token another one
+    old, alone = (torch.stack([b.old_action_log_probs, b.values]) for b in (batch, alone))
+    yield "the ratio is 1 at step 0", here[0] - old[0], rounding, "Is dropout on?"
+    if run.state.rollout == 0:
+        yield "KL to the reference is 0 at step 0", batch.kl, rounding, "Load both from actor_name"
+    pads = outputs(torch.where(batch.attention_mask.bool(), seqs, others)) - here
+    yield "nothing under padding counts", pads, rounding, "The model ignores attention_mask"
+    future = (outputs(torch.cat([seqs[:, :-T], others[:, -T:]], dim=1)) - here)[1, :, 0]
+    yield "V(s_0) does not see the response", future, rounding, "Set critic_name to a decoder"
+    yield ("a row alone is as in a batch", alone - old, rounding,
+           "The model ignores position_ids: set the micro batch sizes to 1")
+    actions = F.pad(seqs[:, -T:], (0, 2), value=end_tokens[0])  # so that each response ends
+    ends = sum(actions == token for token in end_tokens) * get_action_mask(actions, end_tokens)
+    yield "the end token is one action", ends.sum(-1) - 1, 1, "The action mask is wrong"
+    moves = [good.advantages[-1] - bad.advantages[-1] for good, bad in zip(rows, worse)]
+    yield "the score arrives", torch.stack(moves) - 2, 0.1, "Look at compute_rewards"
+    yield from check_update(run, rows, rounding)
+
+def check_update(run, rows, rounding):
+    """The same of a backward, of the weights and of the reward model."""
+    actor, critic, reward, _ = run.models
+    weights = [{p.data_ptr() or id(p): p for p in model.parameters()}  # 0: of a divided model
+               for model in run.models if isinstance(model, nn.Module)]
+    norms, optimizer = [], unittest.mock.Mock()  # it clears no gradient and moves no weight
     for size in (1, len(rows)):
-        optimizers = [torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-                      for model in (actor, critic)]
-        train_step(good, actor, critic, *optimizers, size, temperature, loss_agg=loss_agg,
-                   max_grad_norm=math.inf)
-        grads = [p.grad for model in (actor, critic) for p in model.parameters()
-                 if p.grad is not None]
-        gradients.append(torch.cat([getattr(grad, "full_tensor", grad.clone)().flatten()[:10_000]
-                                    for grad in grads]))
-    off = (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max().clamp(min=1e-12)
-    exact = 1e-3 if device == "cpu" else math.inf
-    check("micro-batches of 1 and of all: one gradient", off < exact, f"differs by {off:.1e}",
-          "Each loss needs the denominator of the whole step")
-    modules = [model for model in run.models if isinstance(model, nn.Module)]
-    weights = [{p.data_ptr() for p in model.parameters()} - {0} for model in modules]
-    shared = sum(len(a & b) for i, a in enumerate(weights[:2]) for b in weights[i + 1:])
-    touched = sum(p.grad is not None for model in modules[2:] for p in model.parameters())
-    check("no trained weight is shared", not shared, f"{shared} are", "deepcopy one of its owners")
-    check("frozen models get no gradient", not touched, f"{touched} do", "Use torch.no_grad()")
+        step = train_step(rows, actor, critic, optimizer, optimizer, size, temperature,
+                          loss_agg=loss_agg, max_grad_norm=math.inf)
+        norms.append(step["actor_grad_norm"] + step["critic_grad_norm"])
+        for p in (weights[0] | weights[1]).values():
+            if p.grad is not None:  # the second size adds its own to this: the difference is left
+                p.grad.neg_()
+    yield ("micro-batches of 1 and of all: one gradient", norms[1] / norms[0], 10 * rounding,
+           "Each loss needs the denominator of the whole step")
+    shared = sum(len({*a} & {*b}) for i, a in enumerate(weights[:2]) for b in weights[i + 1:])
+    yield "no trained weight is shared", shared, 1, "deepcopy one of its owners"
+    touched = sum(p.grad is not None for part in weights[2:] for p in part.values())
+    yield "frozen models get no gradient", touched, 1, "Use torch.no_grad()"
     if isinstance(reward, nn.Module):
-        texts = sorted({row.info["response"] for row in rows} | {"yes", "no"})
-        prompt = samples_list[0].items[0]["prompt"]
-        scores = compute_scores([prompt] * len(texts), texts, reward,
+        texts = ["yes", "no", *(row.info["response"] for row in rows)]
+        scores = compute_scores([rows[0].info["item"]["prompt"]] * len(texts), texts, reward,
                                 run.scoring["reward_tokenizer"], apply_chat_template)
-        check("the reward model tells responses apart", max(scores) - min(scores) > 1e-6,
-              f"scores {min(scores):.2f} to {max(scores):.2f}", "Does it read what it should?")
+        blind = max(scores) - min(scores) < 1e-6
+        yield "the reward model tells responses apart", blind, 1, "Does it read what it should?"
 
 # ---- 13. Several processes ---------------------------------------------------------------------
 #
@@ -1592,41 +1554,37 @@ def trace(rows, actor_model, tokenizer, kl_coef):
     run's own, `used` the whitened A, `new` that after all epochs. A mark says that the loss lets no
     gradient of the token through any more: ^ clipped above, v below, d by the dual clip."""
     def number(x):  # in 7 characters, with as many of 4 decimals as fit
-        return next((s for d in (4, 3, 2, 1, 0) if len(s := f"{round(x, d) + 0.0:.{d}f}") < 8),
-                    f"{x:.0e}")
+        texts = (f"{x:z.{d}f}" for d in (4, 3, 2, 1, 0))  # z: no -0.0000
+        return next((text for text in texts if len(text) < 8), f"{x:.0e}")
 
     def brief(name, row):
         prompt, response = show(str(row.info["item"]["prompt"])), show(row.info["response"])
         return f"  {name} {number(row.info['raw_score']):>8}: {prompt[-40:]} -> {response}"[:100]
 
-    low, high = clip_eps, clip_eps_high or clip_eps
-    if policy_loss == "ppo1":
-        low = high = math.inf
     by_score = sorted(rows, key=lambda row: row.info["raw_score"])
     row = max(rows, key=lambda row: row.kl.abs().max())
-    place, n = row.kl.abs().argmax().item(), len(row.action_mask)
-    tokens = [show(tokenizer.decode([i])) for i in row.seqs[-n:].tolist()]
-    inputs = (row.seqs[None], row.attention_mask[None])
+    peak, place = row.kl.abs().max(0)
+    old, V, n = row.old_action_log_probs, row.values, len(row.action_mask)
+    inputs = row.seqs[None], row.attention_mask[None]
     new = compute_log_probs(actor_model, *inputs, n, temperature)[0]
-    old, V = row.old_action_log_probs, row.values
     delta = row.rewards + gamma * torch.cat([V[1:], row.last_values[None]]) - V  # Eq. 9
-    table = torch.stack([
-        old, row.ref_action_log_probs, row.kl, row.rewards, V, delta, row.returns - V,
-        row.advantages, row.returns, new, (new - old).exp()], dim=1).tolist()
-    names = "log_prob ref kl reward V delta A used return new ratio".split()
+    columns = {
+        "log_prob": old, "ref": row.ref_action_log_probs, "kl": row.kl, "reward": row.rewards,
+        "V": V, "delta": delta, "A": row.returns - V, "used": row.advantages,
+        "return": row.returns, "new": new, "ratio": (new - old).exp()}
     lines = [brief("best ", by_score[-1]), brief("worst", by_score[0]), brief("below", row),
-             f"  max |KL| {number(abs(table[place][2]))} at token {place}; score "
+             f"  max |KL| {number(peak.item())} at token {place}; score "
              f"{number(row.scores.item())}, kl_coef {kl_coef:.4g}, gamma {gamma}, lambd {lambd}, "
-             f"V(s_T) {number(row.last_values.item())}",
-             f"{'token':9}" + "%8s" * 11 % (*names,)]
-    for t, (token, cells) in enumerate(zip(tokens, table)):
+             f"V(s_T) {number(row.last_values.item())}", "token    " + "%8s" * 11 % (*columns,)]
+    low, high = (clip_eps, clip_eps_high or clip_eps) if policy_loss == "clip" else (math.inf,) * 2
+    for token, *cells in zip(row.seqs[-n:].tolist(), *(x.tolist() for x in columns.values())):
         A, ratio = cells[7], cells[10]
-        mark = ("^" if A > 0 and ratio > 1 + high else "v" if A < 0 and ratio < 1 - low else
-                "d" if A < 0 and ratio > (dual_clip or math.inf) else "")
-        if t == 40 < n - 24:
-            lines.append(f"... {n - 64} tokens more")
-        if t < 40 or t >= n - 24:
-            lines.append(f"{token:9.9}" + "%8s" * 11 % (*map(number, cells),) + f" {mark}".rstrip())
+        mark = ("^" * (A > 0 and ratio > 1 + high) or "v" * (A < 0 and ratio < 1 - low)
+                or "d" * (A < 0 and ratio > (dual_clip or math.inf)))
+        token = show(tokenizer.decode([token]))
+        lines.append(f"{token:9.9}" + "%8s" * 11 % (*map(number, cells),) + f" {mark}".rstrip())
+    if n > 64:
+        lines[45:-24] = [f"... {n - 64} tokens more"]
     say("\n".join(lines))
     return "\n".join(lines)
 
