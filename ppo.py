@@ -1048,7 +1048,6 @@ class Run:
             load_checkpoint(path, self)
         for half in glob.glob(glob.escape(run_folder()) + "/**/*.tmp", recursive=True):
             shutil.rmtree(half, ignore_errors=True)  # of a run that was killed as it wrote
-        snapshot = take_snapshot(self.state)
         if self_check != "off":
             run_self_check(self)
         if self.writer and not path:  # a resumed run goes on in a folder that has them
@@ -1061,12 +1060,15 @@ class Run:
             self.writer.add_custom_scalars(pages)
         self.before = self.evaluate(self.models[3], log=not path)  # the reference: the actor before
         for number in (signal.SIGINT, signal.SIGTERM):
-            self.signals.callback(signal.signal, number, signal.signal(number, self.on_signal))
-        put_random(snapshot)  # whatever was drawn here: a resumed run must not notice
+            with contextlib.suppress(ValueError):  # threads other than the main one may not
+                self.signals.callback(signal.signal, number, signal.signal(number, self.on_signal))
         return self.state
 
     def goes_on(self):
-        self.snapshot = take_snapshot(self.state)
+        """Is there another rollout? What it draws is a function of its number (and of the process),
+        as its prompts and rates are: a resumed run draws the same, and nothing of it is saved."""
+        self.snapshot = copy.deepcopy(vars(self.state))
+        transformers.set_seed((seed * 1_000_003 + self.state.rollout * 1009 + rank()) % 2 ** 32)
         return self.state.rollout < self.rollouts
 
     def fraction(self):
@@ -1157,7 +1159,7 @@ class Run:
         if last or eval_every and done % eval_every == 0:
             self.after = self.evaluate(self.models[0])
         if save_every and (last or done % save_every == 0):
-            self.snapshot = take_snapshot(state)
+            self.snapshot = copy.deepcopy(vars(state))
             save_checkpoint(self)
 
     def log(self, metrics):
@@ -1213,19 +1215,6 @@ def get_constants():
     return {name: getattr(value, "__name__", type(value).__name__) if callable(value) else value
             for name in CONSTANTS for value in [globals()[name]]}
 
-def take_snapshot(state):
-    """State and random numbers at the start of a rollout, in types that need no pickle."""
-    kind, keys, *rest = numpy.random.get_state()
-    return dict(state=copy.deepcopy(vars(state)), torch=torch.get_rng_state(),
-                cuda=torch.cuda.get_rng_state_all(), python=random.getstate(),
-                numpy=(kind, keys.tolist(), *rest))
-
-def put_random(snapshot):
-    torch.set_rng_state(snapshot["torch"])
-    torch.cuda.set_rng_state_all(snapshot["cuda"])
-    random.setstate(snapshot["python"])
-    numpy.random.set_state(snapshot["numpy"])
-
 def flush(path):
     """A file to disk -> its hash."""
     with open(path, "rb") as file:
@@ -1268,12 +1257,12 @@ def save_model(model, weights, tokenizer, folder):
 
 def save_checkpoint(run):
     """The start of the rollout that is to come -> is it on disk? The last keep_checkpoints stay."""
-    path = f"{run_folder()}/checkpoints/rollout-{run.snapshot['state']['rollout']:06d}"
+    path = f"{run_folder()}/checkpoints/rollout-{run.snapshot['rollout']:06d}"
     if gather(os.path.exists(path))[0]:  # of this very state: newer ones are put aside on resume
         return True
     parts = (*run.models[:2], *run.optimizers)
     actor, critic, *optimizers = (to_whole(part.state_dict()) for part in parts)
-    rest = dict(constants=get_constants(), processes=gather(run.snapshot), optimizers=optimizers)
+    rest = dict(constants=get_constants(), state=run.snapshot, optimizers=optimizers)
 
     def write(folder):
         if run.writer:
@@ -1314,8 +1303,8 @@ def find_checkpoint():
     return path
 
 def load_checkpoint(path, run):
-    """Puts everything back, for half of Adam's state or other random numbers would be another run
-    (Trap 30). InputError: it is of other models, or a constant that cannot change was changed."""
+    """Puts everything back: with half of Adam's state it would be another run (Trap 30).
+    InputError: it is of other models, or a constant that cannot change was changed."""
     try:
         rest = torch.load(f"{path}/rest.pt", weights_only=True)  # runs no pickle
         for name, old in rest["constants"].items():
@@ -1342,12 +1331,7 @@ def load_checkpoint(path, run):
         if newer[-6:] >= path[-6:] and not os.path.samefile(newer, path):  # of another course
             shutil.rmtree(newer + ".aside", ignore_errors=True)
             os.rename(newer, newer + ".aside")
-    processes = rest["processes"]
-    run.state = State(**processes[0]["state"])
-    if len(processes) == world_size():
-        put_random(processes[rank()])
-    else:
-        say(f"  resume: random numbers start anew, there were {len(processes)} process(es)")
+    run.state = State(**rest["state"])
     say(f"resumed from {path}")
 
 # ---- 12. Self-check ----------------------------------------------------------------------------
@@ -1992,7 +1976,7 @@ def main():
     global gold_fn
     start_processes()
     check_constants()
-    transformers.set_seed(seed + 1_000_003 * rank())  # each samples for itself
+    transformers.set_seed(seed)
     transformers.utils.logging.disable_progress_bar()
     for source in (prompts_file, eval_prompts_file):  # a wrong one is told before a minute's work
         if source and not (isinstance(source, str) and source.startswith("demo/")):
