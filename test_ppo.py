@@ -1084,7 +1084,7 @@ def test_trap_13_scores_make_no_sense():
 
 
 @museum(("load_model", "model.config.num_labels != 1", "False"),
-        ("load_model", "if missing and", "if False and"))
+        ("load_model", '(missing := info["missing_keys"])', "False"))
 def test_trap_14_scores_are_noise(tmp_path):
     """A "reward model" with a freshly initialised head, or with two outputs, the first one read."""
     refused = {}
@@ -1516,7 +1516,11 @@ class Writer:
     def flush(self):
         pass
 
-    close = flush
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
 
 
 def some_score(prompts, responses, **columns):
