@@ -794,11 +794,11 @@ def read_prompts(source):
 def get_prompt_indices(rollout, num_prompts):
     """The prompts of a rollout: each episode is an order of its own, and the last rollout of one is
     filled from the next. A function of the rollout's number: no position has to be saved."""
-    episode, start = divmod(rollout * rollout_batch_size, num_prompts)
-    indices = itertools.chain.from_iterable(
-        random.Random(f"{seed} {n}").sample(range(num_prompts), num_prompts)
-        for n in itertools.count(episode))
-    return list(itertools.islice(indices, start, start + rollout_batch_size))
+    start = rollout * rollout_batch_size
+    places = [divmod(k, num_prompts) for k in range(start, start + rollout_batch_size)]
+    orders = {episode: random.Random(f"{seed} {episode}").sample(range(num_prompts), num_prompts)
+              for episode in {episode for episode, _ in places}}
+    return [orders[episode][place] for episode, place in places]
 
 def get_lr_factor(step, total_steps):
     """What the rates are multiplied by. A function of the step's number: nothing is saved of it."""
@@ -829,7 +829,7 @@ def load_tokenizer(constant, name):
     tokenizer = load(transformers.AutoTokenizer, constant, name)
     if tokenizer.eos_token is None and constant == "actor_name":
         raise InputError(f"{constant} = {name!r} has a tokenizer without end token: set eos_token")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks come from positions
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # told apart by position
     return tokenizer
 
 def load_model(constant, name):
@@ -2110,6 +2110,8 @@ def main():
     models = [place(model) for model in make_models(load_model)]
     if reward_tokenizer:
         models[2].config.pad_token_id = reward_tokenizer.pad_token_id
+        if reward_tokenizer.pad_token_id == reward_tokenizer.eos_token_id:
+            say("reward_name pads with its end token: it will score at the token before the end")
     if path is None and rank() == 0 and os.path.exists(run_folder()):
         aside = next(f"{run_folder()}.{n}" for n in itertools.count(1)
                      if not os.path.exists(f"{run_folder()}.{n}"))
