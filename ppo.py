@@ -763,34 +763,31 @@ def train(prompts_dataset, eval_dataset, actor_model, critic_model, reward_model
 
 def read_prompts(source):
     """A list, or the path of a .txt or .jsonl -> list of dicts: `prompt` and the other columns."""
-    entries = [(f"prompt {n}", item) for n, item in enumerate(source, 1)]
-    if isinstance(source, str):
-        try:
+    where, items = f"prompts {source!r}", []
+    entries = {f"prompt {n}": item for n, item in enumerate(source, 1)}
+    try:
+        if isinstance(source, str):
             with open(source, encoding="utf-8-sig") as file:
-                entries = [(f"{source}, line {n}", line.strip()) for n, line in enumerate(file, 1)
-                           if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{source} (see prompts_file) cannot be read: {error}") from None
-    items = []
-    for where, item in entries:
-        if isinstance(source, str) and source.endswith(".jsonl"):
-            try:
+                entries = {f"{source}, line {n}": line.strip() for n, line in enumerate(file, 1)
+                           if line.strip()}
+        if not entries:
+            raise ValueError("there is none")
+        for where, item in entries.items():
+            if str(source).endswith(".jsonl"):
                 item = json.loads(item)
-            except ValueError as error:
-                raise InputError(f"{where} is not JSON: {error}") from None
-        item = dict(item) if isinstance(item, dict) else {"prompt": item}
-        item["prompt"] = prompt = item.pop("messages", None) or item.get("prompt")
-        if not (isinstance(prompt, str) and prompt.strip()) and not (
-                isinstance(prompt, list) and prompt and all(
-                    isinstance(message, dict) and isinstance(message.get("role"), str)
-                    and isinstance(message.get("content"), str) for message in prompt)):
-            raise InputError(f"{where} has no `prompt`, a text that is not empty, and no "
-                             "`messages`, dicts with role and content: add one")
-        if taken := {"text", "prompts", "responses"}.intersection(item):
-            raise InputError(f"{where} has a column named {taken.pop()}: give it another name")
-        items.append(item)
-    if not items:
-        raise InputError(f"{source!r} (see prompts_file) holds no prompt: write at least one")
+            item = dict(item) if isinstance(item, dict) else {"prompt": item}
+            item["prompt"] = prompt = item.pop("messages", None) or item.get("prompt") or None
+            turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+            texts = [isinstance(turn, dict) and turn.get(key)
+                     for turn in turns for key in ("role", "content")]
+            if not all(isinstance(text, str) for text in texts) or not texts[-1].strip():
+                raise ValueError(f"{prompt!r} is no prompt")
+            if taken := {"text", "prompts", "responses"}.intersection(item):
+                raise ValueError(f"a column cannot be named {min(taken)}")
+            items.append(item)
+    except (OSError, ValueError) as error:  # of the file, of Unicode, of JSON, or from here
+        raise InputError(f"{where}: {error}: write a text a line, or in a .jsonl JSON with "
+                         "`prompt`, a text, or `messages`, with role and content") from None
     return items
 
 def get_prompt_indices(rollout, num_prompts):
@@ -806,23 +803,19 @@ def get_lr_factor(step, total_steps):
     """What the rates are multiplied by. A function of the step's number: nothing is saved of it."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    x = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    cosine = (1 + math.cos(math.pi * x)) / 2
-    return {"constant": 1.0, "linear": 1 - x, "cosine": cosine}[lr_schedule]
-
-def as_data(text, tokenizer):
-    """The text, its spellings of special tokens broken by a space: what a user or a model writes
-    must not end its turn in a chat template and open another."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    for token in added.union(tokenizer.all_special_tokens):
-        text = text.replace(token, token[0] + " " + token[1:]) if len(token) > 1 else text
-    return text
+    x = (step - warmup_steps) / (total_steps - warmup_steps)
+    return dict(constant=1.0, linear=1 - x, cosine=(1 + math.cos(math.pi * x)) / 2)[lr_schedule]
 
 def to_messages(prompt, tokenizer):
-    """A prompt, a text or messages -> messages for a chat template."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [{name: as_data(message[name], tokenizer) for name in ("role", "content")}
-            for message in messages]
+    """A prompt, a text or messages -> messages for a chat template, special tokens that they spell
+    broken by a space: what a user or a model writes must not end its turn and open another."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [{key: turn[key] for key in ("role", "content")} for turn in turns]
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    for token in added.union(tokenizer.all_special_tokens) - {""}:
+        for message, key in itertools.product(messages, ("role", "content")):
+            message[key] = message[key].replace(token, token[0] + " " + token[1:])
+    return messages
 
 def load(auto, constant, name, **options):
     try:
@@ -833,30 +826,26 @@ def load(auto, constant, name, **options):
 
 def load_tokenizer(constant, name):
     tokenizer = load(transformers.AutoTokenizer, constant, name)
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token is None and constant == "actor_name":
         raise InputError(f"{constant} = {name!r} has a tokenizer without end token: set eos_token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless here: masks come from positions
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # told apart by position
     return tokenizer
 
 def load_model(constant, name):
     """A model in fp32, dropout off for good. Only safetensors are read: no pickle runs. InputError:
     weights that were never trained; a reward model with other than one output."""
-    auto = transformers.AutoModelForSequenceClassification
-    if constant == "actor_name":
-        auto = transformers.AutoModelForCausalLM
+    kind = "CausalLM" if constant == "actor_name" else "SequenceClassification"
     # dtype has to be said, bf16 is the default (Trap 17). num_labels must not be: with it a plain
     # language model passes for a reward model, with a head of random numbers (Trap 14).
-    model, info = load(auto, constant, name, dtype=torch.float32, use_safetensors=True,
-                       output_loading_info=True)
+    model, info = load(getattr(transformers, f"AutoModelFor{kind}"), constant, name,
+                       dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     if constant == "reward_name" and model.config.num_labels != 1:
         raise InputError(f"{constant} = {name!r} has {model.config.num_labels} outputs, not 1")
-    missing = sorted(info["missing_keys"])
-    if missing and constant != "critic_name":
-        raise InputError(f"{constant} = {name!r} has no trained {missing[0]}: name another model")
-    for module in model.modules():  # some layers ask their own `training`, which `recomputing` sets
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
+    if constant != "critic_name" and (missing := info["missing_keys"]):
+        raise InputError(f"{constant} = {name!r} has no trained {min(missing)}: name another model")
+    for module in model.modules():  # a layer asks its own `training`, which `recomputing` sets
+        vars(module).update({key: 0.0 for key, value in vars(module).items()
+                             if "dropout" in key and isinstance(value, float)})
     return model.eval()  # dropout would move the ratio before any step (Trap 20)
 
 ENABLE = "activation_checkpointing_enable"  # gradient_checkpointing_enable in older transformers
@@ -864,24 +853,21 @@ ENABLE = "activation_checkpointing_enable"  # gradient_checkpointing_enable in o
 def make_models(load_model):
     """load_model(constant, name) -> actor, critic, reward model, reference. Of the bill's loader,
     models without memory. InputError: one has too few positions, or knows too few tokens."""
-    actor_model, reward_model = load_model("actor_name", actor_name), reward_fn
-    if reward_fn is None:
-        reward_model = load_model("reward_name", reward_name).requires_grad_(False)
+    actor_model = load_model("actor_name", actor_name)
+    reward_model = reward_fn or load_model("reward_name", reward_name).requires_grad_(False)
     if lora_rank:
         actor_model, critic_model, ref_model = add_adapters(actor_model)
     else:
         ref_model = load_model("actor_name", actor_name).requires_grad_(False)
-        critic_model = make_critic(actor_model, reward_model)
-        if critic_name is not None:
-            critic_model = Critic(load_model("critic_name", critic_name).base_model).eval()
+        critic_model = make_critic(actor_model, reward_model) if critic_name is None else Critic(
+            load_model("critic_name", critic_name).base_model).eval()
     for constant, model in (("actor_name", actor_model), ("critic_name", critic_model.base_model)):
-        config = model.config.get_text_config()
-        positions = getattr(config, "max_position_embeddings", None) or math.inf
-        if max_length + max_new_tokens > positions:
-            raise InputError(f"max_length + max_new_tokens = {max_length + max_new_tokens}, but "
-                             f"{constant} has {positions} positions: lower one of them")
+        config, length = model.config.get_text_config(), max_length + max_new_tokens
+        if length > (getattr(config, "max_position_embeddings", None) or math.inf):
+            raise InputError(f"max_length + max_new_tokens = {length}: lower one, {constant} has "
+                             f"{config.max_position_embeddings} positions")
         if config.vocab_size < actor_model.config.get_text_config().vocab_size:
-            raise InputError(f"{constant} = {critic_name!r} knows fewer tokens than actor_name")
+            raise InputError(f"{constant} knows fewer tokens than actor_name: name another model")
         if gradient_checkpointing:  # `recomputing` switches it on where it is wanted
             (getattr(model, ENABLE, None) or model.gradient_checkpointing_enable)()
     return actor_model, critic_model, reward_model, ref_model
@@ -889,29 +875,28 @@ def make_models(load_model):
 def to_reward_inputs(prompt, response, tokenizer, apply_chat_template, max_length):
     """What a reward model reads, in its own words (Trap 13): its chat template where it has one, a
     pair where its tokenizer separates pairs (encoders), else prompt + response + end token."""
-    response, cut = as_data(response, tokenizer), dict(truncation=True, max_length=max_length)
+    cut = dict(truncation=True, max_length=max_length)
+    messages = to_messages(prompt, tokenizer) + to_messages(
+        [{"role": "assistant", "content": response}], tokenizer)
     if apply_chat_template and tokenizer.chat_template:
-        messages = to_messages(prompt, tokenizer) + [{"role": "assistant", "content": response}]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         return tokenizer(text, add_special_tokens=False, **cut)
-    if not isinstance(prompt, str):
-        prompt = "\n".join(message["content"] for message in prompt)
+    *asked, response = [message["content"] for message in messages]
     if tokenizer.sep_token and tokenizer.num_special_tokens_to_add(pair=True) > 2:
-        return tokenizer(as_data(prompt, tokenizer), response, **cut)
-    return tokenizer(prompt + response + (tokenizer.eos_token or ""), **cut)
+        return tokenizer("\n".join(asked), response, **cut)
+    asked = prompt if isinstance(prompt, str) else "\n".join(asked)  # a text as it stands
+    return tokenizer(asked + response + (tokenizer.eos_token or ""), **cut)
 
 def check_scores(scores, responses, name="reward_fn"):
     """What a function of the user's returned -> list of floats, or InputError."""
     try:
-        scores = [float(score) for score in list(scores) if not isinstance(scores, str)]
+        floats = [float(score) for score in scores if not isinstance(score, str)]
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{name} returned no list of numbers: return floats") from None
-    if len(scores) != len(responses):
-        raise InputError(f"{name} returned {len(scores)} scores for {len(responses)} responses")
-    for score, response in zip(scores, responses):
-        if not math.isfinite(score):
-            raise InputError(f"{name} returned {score} for {show(response)!r}: make it finite")
-    return scores
+        floats = []
+    if len(floats) != len(responses) or not all(map(math.isfinite, floats)):
+        raise InputError(f"{name} has to return {len(responses)} finite floats, one for each "
+                         f"response, and returned {show(str(scores))[:200]}")
+    return floats
 
 def update_moments(moments, scores):
     """Adds scores to [count, mean, squares about it] -> mean, standard deviation (Welford)."""
@@ -1046,8 +1031,6 @@ class Run:
         path = find_checkpoint()
         if path:
             load_checkpoint(path, self)
-        for half in glob.glob(glob.escape(run_folder()) + "/**/*.tmp", recursive=True):
-            shutil.rmtree(half, ignore_errors=True)  # of a run that was killed as it wrote
         if self_check != "off":
             run_self_check(self)
         if self.writer and not path:  # a resumed run goes on in a folder that has them
@@ -1886,88 +1869,72 @@ def build_demo(folder, seed):
 
 # ---- 18. Main ----------------------------------------------------------------------------------
 
-def get_rules():
-    """{names of constants: (rule, in words), or all that they can be}"""
-    def whole(low):
-        return lambda x: type(x) is int and x >= low
-
-    def above(low):
-        return lambda x: type(x) in (int, float) and low < x < math.inf
-
-    def none_or(rule):
-        return lambda x: x is None or rule(x)
-
-    text, prompts = lambda x: isinstance(x, str) and x, lambda x: isinstance(x, (str, list)) and x
-    return {
-        "max_length rollout_batch_size n_samples_per_prompt micro_rollout_batch_size max_epochs "
-        "max_new_tokens train_batch_size micro_train_batch_size keep_checkpoints kl_horizon":
-            (whole(1), "a whole number from 1"),
-        "lora_rank seed warmup_steps critic_warmup eval_every save_every trace_every":
-            (whole(0), "a whole number from 0"),
-        "episodes temperature actor_lr critic_lr max_grad_norm clip_eps":
-            (above(0), "a number above 0"),
-        "weight_decay entropy_coef kl_coef":
-            (lambda x: x == 0 or above(0)(x), "a number from 0"),
-        "gamma lambd": (lambda x: x == 0 or above(0)(x) and x <= 1, "a number from 0 to 1"),
-        "clip_eps_high value_clip_eps huber_delta target_kl kl_coef_start kl_target clip_reward "
-        "missing_eos_penalty": (none_or(above(0)), "None or a number above 0"),
-        "dual_clip": (none_or(above(1)), "None or a number above 1"),
-        "reward_fn gold_fn": (none_or(callable), "None or a function"),
-        "gradient_checkpointing trust_remote_code apply_chat_template whiten_advantages "
-        "normalize_scores whiten_rewards": (lambda x: type(x) is bool, "True or False"),
-        "lr_schedule": ("constant", "linear", "cosine"), "policy_loss": ("clip", "ppo1"),
-        "truncated": ("terminal", "bootstrap"), "kl_in": ("reward", "loss"),
-        "self_check": ("stop", "warn", "off"),
-        "loss_agg": ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"),
-        "actor_name reward_name": (text, "a folder or a hub id"),
-        "critic_name": (none_or(text), "None, a folder or a hub id"),
-        "prompts_file": (prompts, "a file or a list of prompts"),
-        "eval_prompts_file": (none_or(prompts), "None, a file or a list of prompts"),
-        "device": ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",),
-        "run_name": (lambda x: text(x) and re.fullmatch(r"\w[\w.-]*", x), "letters, digits, . _ -"),
-        "resume": (none_or(lambda x: x == "latest" or text(x) and os.path.isdir(x)),
-                   "None, 'latest' or the folder of a checkpoint"),
-    }
+RULES = {  # constants (those with a ? may be None): all that they can be, or in words and as a test
+    "max_length rollout_batch_size n_samples_per_prompt micro_rollout_batch_size max_new_tokens "
+    "max_epochs train_batch_size micro_train_batch_size kl_horizon keep_checkpoints":
+        ("a whole number from 1", lambda x: type(x) is int and x >= 1),
+    "lora_rank warmup_steps critic_warmup seed eval_every save_every trace_every":
+        ("a whole number from 0", lambda x: type(x) is int and x >= 0),
+    "episodes temperature missing_eos_penalty? actor_lr critic_lr max_grad_norm clip_eps "
+    "clip_eps_high? value_clip_eps? huber_delta? target_kl? kl_coef_start? kl_target? clip_reward?":
+        ("a number above 0", lambda x: type(x) in (int, float) and 0 < x < math.inf),
+    "dual_clip?": ("a number above 1", lambda x: type(x) in (int, float) and 1 < x < math.inf),
+    "weight_decay entropy_coef kl_coef":
+        ("a number from 0", lambda x: type(x) in (int, float) and 0 <= x < math.inf),
+    "gamma lambd": ("a number from 0 to 1", lambda x: type(x) in (int, float) and 0 <= x <= 1),
+    "reward_fn? gold_fn?": ("a function", callable),
+    "actor_name reward_name critic_name? resume?":
+        ("the name of a folder", lambda x: isinstance(x, str) and x),
+    "prompts_file eval_prompts_file?":
+        ("a file or a list of prompts", lambda x: isinstance(x, (str, list)) and x),
+    "run_name": ("letters, digits, . _ -", lambda x: re.fullmatch(r"\w[\w.-]*", str(x))),
+    "apply_chat_template gradient_checkpointing trust_remote_code whiten_advantages whiten_rewards "
+    "normalize_scores": [True, False],
+    "lr_schedule": ["constant", "linear", "cosine"], "policy_loss": ["clip", "ppo1"],
+    "truncated": ["terminal", "bootstrap"], "kl_in": ["reward", "loss"],
+    "self_check": ["stop", "warn", "off"],
+    "loss_agg": ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"],
+    "device": ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]}
 
 def check_constants():
-    """InputError for the first constant that cannot be, with what can."""
-    for names, rule in get_rules().items():
-        right, words = rule if callable(rule[0]) else (
-            rule.__contains__, " or ".join(map(repr, rule)))
+    """InputError for the first constant that cannot be, with what can; or for a prompts file."""
+    for names, rule in RULES.items():
+        words, right = rule if isinstance(rule, tuple) else (f"one of {rule}", rule.__contains__)
         for name in names.split():
-            if not right(globals()[name]):
-                raise InputError(f"{name} = {globals()[name]!r}: use {words}")
-    rows = rollout_batch_size * n_samples_per_prompt
+            value = globals()[name.strip("?")]
+            if not right(value) and not ("?" in name and value is None):
+                raise InputError(f"{name.strip('?')} = {value!r}: use {words}")
+    rows, processes = rollout_batch_size * n_samples_per_prompt, world_size()
     for wrong, sentence in (
-            (rows % train_batch_size, f"train_batch_size = {train_batch_size} must divide the "
-             f"{rows} rows of a rollout (rollout_batch_size * n_samples_per_prompt)"),
+            (rows % train_batch_size, f"train_batch_size must divide the {rows} rows of a rollout, "
+             "rollout_batch_size * n_samples_per_prompt"),
             (train_batch_size % min(micro_train_batch_size, train_batch_size),
-             f"micro_train_batch_size = {micro_train_batch_size} must divide train_batch_size"),
-            (policy_loss == "ppo1" and target_kl is None, "policy_loss = 'ppo1' needs a target_kl"),
-            (kl_coef_start and not kl_coef, "kl_coef_start needs a kl_coef above 0 to anneal to"),
-            (lora_rank and world_size() > 1, "lora_rank above 0 and several processes: use one"),
-            (rollout_batch_size % world_size() or train_batch_size % world_size(),
-             "rollout_batch_size and train_batch_size must be multiples of the number of "
-             f"processes, {world_size()}"),
-            (kl_coef_start and kl_target, "kl_coef_start and kl_target: use one of them")):
+             "micro_train_batch_size must divide train_batch_size"),
+            (rollout_batch_size % processes or train_batch_size % processes,
+             f"rollout_batch_size, train_batch_size: take multiples of the {processes} processes"),
+            (lora_rank and processes > 1, "lora_rank above 0 trains in one process: set it to 0"),
+            (policy_loss == "ppo1" and not target_kl, "policy_loss = 'ppo1' needs a target_kl"),
+            (kl_coef_start and (not kl_coef or kl_target),
+             "kl_coef_start is annealed to kl_coef: that must be above 0, and kl_target None")):
         if wrong:
             raise InputError(sentence)
+    for source in (prompts_file, eval_prompts_file):  # now, not after a minute of building
+        if source and not str(source).startswith("demo/"):
+            read_prompts(source)
 
 def show_results(run):
     """Held-out prompts before and after, and their means."""
-    if not run.before:
-        return
     say("\nheld-out prompts: before, after")
-    for old, new in list(zip(run.before, run.after))[:4]:
-        say(f"  {show(str(old.info['item']['prompt']))[:90]}")
-        for row in (old, new):
+    for pair in list(zip(run.before, run.after))[:4]:
+        say(f"  {show(str(pair[0].info['item']['prompt']))[:90]}")
+        for row in pair:
             say(f"    {row.info['raw_score']:6.2f}  {show(row.info['response'])[:85]}")
-    before, after = get_rollout_metrics(run.before), get_rollout_metrics(run.after)
     say(f"\nmean of {len(run.before)} held-out prompts     before     after")
+    old, new = ([row.info["raw_score"] for row in rows] for rows in (run.before, run.after))
+    before, after = get_rollout_metrics(run.before), get_rollout_metrics(run.after)
     for name in ("score_mean", "score_std", "gold", "ref_k1", "response_length"):
         if name in before:
             say(f"  {name:26s}{before[name]:10.2f}{after[name]:10.2f}")
-    old, new = ([row.info["raw_score"] for row in rows] for rows in (run.before, run.after))
     best = sorted(old)[int(0.9 * len(old))]
     shares = [sum(score > best for score in scores) / len(scores) for scores in (old, new)]
     say(f"  {'above 90% of those before':26s}{shares[0]:10.2f}{shares[1]:10.2f}")
@@ -1978,45 +1945,42 @@ def main():
     check_constants()
     transformers.set_seed(seed)
     transformers.utils.logging.disable_progress_bar()
-    for source in (prompts_file, eval_prompts_file):  # a wrong one is told before a minute's work
-        if source and not (isinstance(source, str) and source.startswith("demo/")):
-            read_prompts(source)
     if actor_name == "demo/actor":
+        gold_fn = gold_fn or gold
         if rank() == 0 and not os.path.isdir("demo"):
             build_demo("demo", seed)
-        gather("is there")
-        gold_fn = gold_fn or gold
+        gather("the others wait for it")
     actor_tokenizer = load_tokenizer("actor_name", actor_name)
+    reward_tokenizer = None if reward_fn else load_tokenizer("reward_name", reward_name)
     prompts_dataset, eval_dataset = (
         source and PromptDataset(source, actor_tokenizer, apply_chat_template, max_length)
         for source in (prompts_file, eval_prompts_file))
-    if prompts_dataset.truncated:
-        say(f"{prompts_dataset.truncated} of {len(prompts_dataset)} prompts are longer than "
-            f"max_length = {max_length} tokens and lose their beginning")
-    reward_tokenizer = None if reward_fn else load_tokenizer("reward_name", reward_name)
+    if cut := prompts_dataset.truncated:
+        say(f"{cut} prompts are longer than max_length = {max_length} and lose their beginning")
+    path = find_checkpoint()
     show_bill()
     models = [place(model) for model in make_models(load_model)]
-    if reward_fn is None:
-        if models[2].config.pad_token_id is None:
-            models[2].config.pad_token_id = reward_tokenizer.pad_token_id
+    if reward_tokenizer:
+        models[2].config.pad_token_id = reward_tokenizer.pad_token_id
         if reward_tokenizer.pad_token_id == reward_tokenizer.eos_token_id:
             say("reward_name pads with its end token: it will score at the token before the end")
-    path = find_checkpoint()
+    for half in glob.glob(run_folder() + "/**/*.tmp", recursive=True) if rank() == 0 else []:
+        shutil.rmtree(half)  # of a run that was killed as it wrote
     if path is None and rank() == 0 and os.path.exists(run_folder()):
         aside = next(f"{run_folder()}.{n}" for n in itertools.count(1)
                      if not os.path.exists(f"{run_folder()}.{n}"))
         os.rename(run_folder(), aside)
         say(f"the earlier {run_folder()} is now {aside}")
     from torch.utils.tensorboard import SummaryWriter
-    # Said in a fresh run too: TensorBoard purges nothing at the first such mark in a folder.
-    writer = None
-    if rank() == 0:
-        writer = SummaryWriter(run_folder(), purge_step=int(path[-6:]) + 1 if path else 0)
-    run = train(prompts_dataset, eval_dataset, *models, actor_tokenizer, reward_tokenizer, writer)
+    # In a fresh run a start is said too: TensorBoard purges nothing at a folder's first such mark.
+    start = int(path[-6:]) + 1 if path else 0
+    with (SummaryWriter(run_folder(), purge_step=start) if rank() == 0
+          else contextlib.nullcontext()) as writer:
+        run = train(prompts_dataset, eval_dataset, *models, actor_tokenizer, reward_tokenizer,
+                    writer)
     run.save_actor("final")
-    if writer:
-        writer.close()
-    show_results(run)
+    if run.before:
+        show_results(run)
     say(f"\nthe actor is in {run_folder()}/final; curves: tensorboard --logdir runs")
     if world_size() > 1:
         dist.destroy_process_group()
@@ -2027,7 +1991,5 @@ if __name__ == "__main__":
     except InputError as error:
         time.sleep(5 * (rank() > 0))  # of several that say the same only the first does
         sys.exit(f"ppo.py: {error}")
-    except Stopped as error:
-        sys.exit(str(error) if rank() == 0 else 1)
-    except KeyboardInterrupt:
-        sys.exit("stopped")
+    except KeyboardInterrupt as error:  # Stopped is one, and says how to go on
+        sys.exit((str(error) or "stopped") if rank() == 0 else 1)

@@ -1085,7 +1085,7 @@ def test_trap_13_scores_make_no_sense():
 
 
 @museum(("load_model", "model.config.num_labels != 1", "False"),
-        ("load_model", "if missing and", "if False and"))
+        ("load_model", '(missing := info["missing_keys"])', "False"))
 def test_trap_14_scores_are_noise(tmp_path):
     """A "reward model" with a freshly initialised head, or with two outputs, the first one read."""
     refused = {}
@@ -1407,7 +1407,7 @@ def byte_tokenizer(template=TEMPLATE_C, bos=False, pad="<pad>", eos="<|im_end|>"
     return tokenizer
 
 
-def letter_tokenizer(pair=True):
+def letter_tokenizer(pair=True, eos="[SEP]"):
     """Of another vocabulary, a token a letter. An encoder's, [CLS] prompt [SEP] response [SEP], or
     one that has nothing but an end token."""
     letters = [chr(i) for i in range(97, 123)]
@@ -1421,7 +1421,7 @@ def letter_tokenizer(pair=True):
         "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=base, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
-        eos_token="[SEP]", model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+        eos_token=eos, model_input_names=["input_ids", "token_type_ids", "attention_mask"])
 
 
 def make_reward_model(family, seed=3, labels=1, **extra):
@@ -1457,7 +1457,8 @@ def folders(tmp_path_factory):
             ("llama_reward", make_reward_model("llama", **byte), byte_tokenizer(bos=True)),
             ("gpt2_reward", bare_gpt2, letter_tokenizer(pair=False)),
             ("deberta_reward", deberta, letter_tokenizer()),
-            ("bert_reward", make_reward_model("bert", vocab_size=40), letter_tokenizer()),
+            ("bert_reward", make_reward_model("bert", vocab_size=40),
+             letter_tokenizer(eos=None)),
             ("two_labels", make_reward_model("llama", labels=2, **byte), byte_tokenizer())):
         save(root / name, model, tokenizer)
     shutil.copytree(root / "actor", root / "pickled")
@@ -1518,6 +1519,12 @@ class Writer:
         pass
 
     close = add_custom_scalars = flush
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
 
 
 def some_score(prompts, responses, **columns):
@@ -1688,8 +1695,9 @@ REWARDS = ["llama_reward", "gpt2_reward", "bert_reward", "deberta_reward"]
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("reward", REWARDS)
-def test_a_reward_model_scores_a_row_in_a_batch_as_alone(main, folders, reward):
-    """Its own tokenizer and vocabulary, right-padded (11, 13); also one that has no pad token."""
+def test_a_reward_model_scores_a_row_in_a_batch_as_alone(main, folders, reward, capsys):
+    """Its own tokenizer and vocabulary, right-padded (11, 13); also one that has no pad token, or,
+    as BERT's, no end token."""
     _, _, rows = main(reward=reward, apply_chat_template=reward[0] == "l",
                           actor="actor" if reward[0] == "l" else "no_chat", max_new_tokens=12)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -1714,6 +1722,7 @@ def test_a_reward_model_scores_a_row_in_a_batch_as_alone(main, folders, reward):
         assert abs(alone - row.info["raw_score"]) < 1e-4 and abs(row.scores - alone) < 1e-4
         scores.add(round(alone, 4))
     assert len(scores) > 3
+    assert ("pads with its end token" in capsys.readouterr().out) == (reward == "gpt2_reward")
 
 
 @pytest.mark.usefixtures("small")
@@ -1802,6 +1811,11 @@ def test_a_wrong_constant_is_named_before_anything_is_loaded(wrong, setting, no_
     setting(actor_name=str(folders / "no_chat"), reward_fn=some_score)
     setting(**eval(f"dict({wrong})"))
     expect_refusal(rf"\b{wrong.split('=')[0]}\b")
+
+
+def test_each_constant_has_one_rule():
+    names = [name.strip("?") for names in ppo.RULES for name in names.split()]
+    assert sorted(names) == sorted(ppo.CONSTANTS)
 
 
 GOOD = '{"prompt": "a"}\n'
