@@ -1170,7 +1170,7 @@ def test_trap_19_gradient_depends_on_the_micro_batch_size():
 
 
 @museum(("load_model", ".eval()", ".train()"),
-        ("train_step", "recomputing(actor_model):", "recomputing(actor_model.train()):"),
+        ("train_step", "with recomputing(actor_model),", "with recomputing(actor_model.train()),"),
         ("recomputing", "layer.training = True", "layer.train()"),
         ("generate_experiences", " = compute_log_probs(actor_model, *inputs, num_actions, temp"
          "erature)", " = compute_log_probs(actor_model, *inputs, num_actions)"))  # its raw logits
@@ -3368,7 +3368,7 @@ def test_adapters_need_peft_and_one_process(place, monkeypatch):
         with pytest.raises(ppo.InputError, match="lora_rank = 4 needs peft: pip install peft"):
             ppo.add_adapters(trunk)
     monkeypatch.setattr(ppo, "world_size", lambda: 2)
-    with pytest.raises(ppo.InputError, match="lora_rank .*several processes"):
+    with pytest.raises(ppo.InputError, match="lora_rank .*one process"):
         ppo.check_constants()
 
 
