@@ -2595,6 +2595,98 @@ def test_gradient_checkpointing_recomputes_and_changes_no_sample(main, monkeypat
     assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
 
 
+# ---- G. Advice of the metrics ------------------------------------------------------------------
+
+BOUNDS = [(tag, side) for tag, row in ppo.METRICS.items() for side in (1, 2) if row[side] is not None]
+
+
+def advised(text):
+    """-> [(tag, advice)] of the console's lines of advice"""
+    return re.findall(r"^ +! (\S+) \(.*, the third time in a row: (.*)$", text, re.M)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("tag, side", BOUNDS)
+def test_a_metric_out_of_its_range_three_times_in_a_row_is_told_once(tag, side, go, monkeypatch, capsys):
+    """Not after two, not for its limits themselves, again after it was back; and no other is told."""
+    limits, log, turn = ppo.METRICS[tag], ppo.Run.log, itertools.count()
+    outside = limits[side] + (1e-3 if side == 2 else -1e-3) * max(1.0, abs(limits[side]))
+    told = []
+
+    def logged(self, metrics):
+        healthy = {name.split("/")[-1]: (low if high is None else high)
+                   for name, (_, low, high, _) in ppo.METRICS.items() if (low, high) != (None, None)}
+        value = outside if "oo.oooo.ooo"[next(turn)] == "o" else limits[side]
+        log(self, metrics | healthy | {tag.split("/")[-1]: value})
+        told.append(advised(capsys.readouterr().out))
+
+    monkeypatch.setattr(ppo.Run, "log", logged)
+    go(episodes=11)
+    assert [n for n, lines in enumerate(told, 1) if lines] == [6, 11]
+    assert told[5] == told[10] == [(tag, limits[3])] and limits[3]
+
+
+def sharp(scale):
+    """A model whose logits are so many times larger."""
+    actor = make_model()
+    with torch.no_grad():
+        actor.lm_head.weight *= scale
+    return actor
+
+
+def samples_from_another():
+    """A reference, and an actor that samples from it and not from itself."""
+    actor, ref = make_model(seed=1), make_model(seed=2)
+    ref.generation_config.update(do_sample=True, top_k=0, max_new_tokens=6)
+    actor.generate = ref.generate
+    return dict(actor=actor, ref=ref, n_samples_per_prompt=8, train_batch_size=24)
+
+
+FAST = dict(actor_lr=0.03, max_epochs=4, n_samples_per_prompt=8, train_batch_size=24, episodes=5)
+
+
+def falling():
+    """A gold_fn that likes what comes later less and less."""
+    turn = itertools.count()
+    return lambda prompts, responses, **_: [1.0 - next(turn) / 20 for _ in responses]
+
+
+PROVOKED = {  # tag: a small run in which it leaves its range, and says so
+    "reward/score_std": lambda: dict(reward=lambda prompts, responses: [0.5] * len(responses)),
+    "reward/gold_lost": lambda: dict(gold_fn=falling()),
+    "kl/ref_k1": samples_from_another,
+    "kl/ref_k3": lambda: dict(ref=sharp(300.0)),
+    "rollout/ended": lambda: dict(actor=with_end_logit(-1e4)),
+    "policy/ratio_mean": lambda: samples_from_another() | FAST | dict(clip_eps=1e9),
+    "policy/ratio_max": lambda: samples_from_another() | FAST | dict(clip_eps=1e9),
+    "policy/clip_upper": lambda: FAST | dict(clip_eps=0.02, actor_lr=0.01),
+    "policy/clip_lower": lambda: FAST | dict(clip_eps=0.02, actor_lr=0.01),
+    "policy/approx_kl": lambda: FAST | dict(max_epochs=6),
+    "policy/entropy": lambda: dict(actor=sharp(300.0)),
+    "value/value_clip_fraction": lambda: dict(value_clip_eps=1e-4, critic_lr=0.1, max_epochs=4),
+    "value/explained_variance": lambda: dict(critic=busy_critic(), critic_lr=1e-9),
+}
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("tag", PROVOKED)
+def test_each_advice_is_provoked_by_a_run_that_needs_it(tag, go, capsys):
+    run = go(**PROVOKED[tag]())
+    seen = capsys.readouterr().out
+    assert (tag, ppo.METRICS[tag][3]) in advised(seen), run.scalars[tag]
+    assert len([line for line in seen.splitlines() if line.startswith(f"  ! {tag} ")]) == 1
+
+
+def test_each_range_of_the_metrics_has_its_run():
+    assert {tag for tag, _ in BOUNDS} == {*PROVOKED}
+
+
+@pytest.mark.usefixtures("small")
+def test_a_run_in_good_health_is_given_no_advice(go, capsys):
+    go(actor_lr=1e-5, episodes=8)
+    assert advised(capsys.readouterr().out) == []
+
+
 # ==================================================================================================
 # D. Learning against the truth
 # ==================================================================================================
@@ -4277,3 +4369,84 @@ def test_the_race(name, tmp_path):
         assert low <= line["response_length"] / work[2] <= high
     if not varied:
         print(json.dumps({"work": name, "floor": round(get_floor(shape, work), 3)}))
+
+
+# ==================================================================================================
+# I. Change this, see that: the page's table of experiments
+# ==================================================================================================
+
+LONG = dict(episodes=20)
+EXPERIMENTS = [  # what differs from the shipped constants; what one sees, and why
+    ({}, "TEXT"),
+    (dict(kl_coef=0.0), "TEXT"),
+    (dict(kl_coef=1.0), "TEXT"),
+    (dict(kl_in="loss"), "TEXT"),
+    (dict(max_epochs=1), "TEXT"),
+    (dict(max_epochs=16), "TEXT"),
+    (dict(clip_eps=100.0), "TEXT"),
+    (dict(max_epochs=16, clip_eps=100.0), "TEXT"),
+    (dict(policy_loss="ppo1", target_kl=0.02), "TEXT"),
+    (dict(actor_lr=5e-3), "TEXT"),
+    (dict(lambd=0.0), "TEXT"),
+    (dict(lambd=1.0), "TEXT"),
+    (dict(gamma=0.9), "TEXT"),
+    (dict(whiten_advantages=False), "TEXT"),
+    (dict(clip_reward=0.2), "TEXT"),
+    (dict(n_samples_per_prompt=1, rollout_batch_size=128, episodes=12), "TEXT"),
+    (dict(critic_warmup=0), "TEXT"),
+    (dict(value_clip_eps=0.2), "TEXT"),
+    (dict(missing_eos_penalty=None), "TEXT"),
+    (dict(loss_agg="seq-mean-token-mean"), "TEXT"),
+]
+CHART = [LONG | dict(kl_coef=x) for x in (1.0, 0.2, 0.05, 0.02, 0.01, 0.0)]
+MEASURED = ("score", "gold", "KL", "clip", "sentences")
+
+
+def keep_end():
+    """In the child, before main: leaves what the run came to in end.json."""
+    train, train_step, steps = ppo.train, ppo.train_step, []
+
+    def counted(*args, **options):
+        steps.append(train_step(*args, **options))
+        return steps[-1]
+
+    def kept(*args):
+        run, said = train(*args), ppo.make_grammar()[2]
+        rows, n = run.after, len(run.after)
+        responses = [row.info["response"] for row in rows]
+        Path("end.json").write_text(json.dumps(dict(
+            score=sum(row.info["raw_score"] for row in rows) / n,
+            gold=sum(ppo.gold([row.info["item"]["prompt"] for row in rows], responses)) / n,
+            KL=sum(row.kl.sum().item() for row in rows) / n,
+            clip=sum(step.get("clip_upper", 0.0) + step.get("clip_lower", 0.0) for step in steps)
+            / max(1, sum("clip_upper" in step for step in steps)),
+            sentences=sum(response in said for response in responses) / n)))
+        return run
+
+    ppo.train, ppo.train_step = kept, counted
+
+
+def run_experiments(folder, experiments, seeds, at_once=2):
+    """A process for each experiment and seed, one demo for each seed -> [{name: [a number a seed]}]"""
+    running = set()
+    for number, changes in enumerate(experiments):
+        for seed in seeds:
+            place = folder / f"{number}-{seed}"
+            place.mkdir()
+            if number:  # the first builds the demo of its seed
+                (place / "demo").symlink_to(folder / f"0-{seed}" / "demo")
+            if len(running) == at_once:
+                running.remove(os.wait()[0])
+            running.add(start(place, SHIPPED | dict(
+                seed=seed, device="cpu", self_check="off", eval_every=0, save_every=0,
+                trace_every=0) | changes, keep_end))
+        while running and number in (0, len(experiments) - 1):
+            running.remove(os.wait()[0])
+    ends = []
+    for number in range(len(experiments)):
+        places = [folder / f"{number}-{seed}" for seed in seeds]
+        for place in places:
+            assert (place / "end.json").exists(), (place / "log").read_text()[-3000:]
+        of_seeds = [json.loads((place / "end.json").read_text()) for place in places]
+        ends.append({name: [end[name] for end in of_seeds] for name in MEASURED})
+    return ends
