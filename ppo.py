@@ -38,7 +38,6 @@ import shutil
 import signal
 import sys
 import textwrap
-import threading
 import time
 import unittest.mock
 import warnings
@@ -523,7 +522,7 @@ def generate_samples(prompts, model, actor_tokenizer, max_length, max_new_tokens
             [item["text"] for item in part], add_special_tokens=add_special_tokens, padding=True,
             truncation=True, max_length=max_length, return_tensors="pt").to(model.device)
         prompt_ids, prompt_mask = inputs["input_ids"], inputs["attention_mask"]  # (B, P)
-        with undivided(model), autocast(model), plain_sampling(
+        with undivided(model), autocast(model), inverse_cdf(), plain_sampling(
                 model, end_tokens, actor_tokenizer.pad_token_id, temperature, max_new_tokens):
             seqs = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask)
         action_mask = get_action_mask(seqs[:, prompt_ids.shape[1]:], end_tokens)
@@ -665,7 +664,7 @@ def train_step(experience, actor_model, critic_model, actor_optimizer, critic_op
         inputs, action_mask = (batch.seqs, batch.attention_mask), batch.action_mask
         num_actions, old_action_log_probs = action_mask.shape[1], batch.old_action_log_probs
         if update_actor:
-            with recomputing(actor_model):
+            with recomputing(actor_model), untied(actor_model):
                 output = compute_log_probs(actor_model, *inputs, num_actions, temperature,
                                            with_entropy=entropy_coef != 0)
                 action_log_probs, entropy = output if entropy_coef else (output, None)
@@ -764,34 +763,31 @@ def train(prompts_dataset, eval_dataset, actor_model, critic_model, reward_model
 
 def read_prompts(source):
     """A list, or the path of a .txt or .jsonl -> list of dicts: `prompt` and the other columns."""
-    entries = [(f"prompt {n}", item) for n, item in enumerate(source, 1)]
-    if isinstance(source, str):
-        try:
+    where, items = f"prompts {source!r}", []
+    entries = {f"prompt {n}": item for n, item in enumerate(source, 1)}
+    try:
+        if isinstance(source, str):
             with open(source, encoding="utf-8-sig") as file:
-                entries = [(f"{source}, line {n}", line.strip()) for n, line in enumerate(file, 1)
-                           if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{source} (see prompts_file) cannot be read: {error}") from None
-    items = []
-    for where, item in entries:
-        if isinstance(source, str) and source.endswith(".jsonl"):
-            try:
+                entries = {f"{source}, line {n}": line.strip() for n, line in enumerate(file, 1)
+                           if line.strip()}
+        if not entries:
+            raise ValueError("there is none")
+        for where, item in entries.items():
+            if str(source).endswith(".jsonl"):
                 item = json.loads(item)
-            except ValueError as error:
-                raise InputError(f"{where} is not JSON: {error}") from None
-        item = dict(item) if isinstance(item, dict) else {"prompt": item}
-        item["prompt"] = prompt = item.pop("messages", None) or item.get("prompt")
-        if not (isinstance(prompt, str) and prompt.strip()) and not (
-                isinstance(prompt, list) and prompt and all(
-                    isinstance(message, dict) and isinstance(message.get("role"), str)
-                    and isinstance(message.get("content"), str) for message in prompt)):
-            raise InputError(f"{where} has no `prompt`, a text that is not empty, and no "
-                             "`messages`, dicts with role and content: add one")
-        if taken := {"text", "prompts", "responses"}.intersection(item):
-            raise InputError(f"{where} has a column named {taken.pop()}: give it another name")
-        items.append(item)
-    if not items:
-        raise InputError(f"{source!r} (see prompts_file) holds no prompt: write at least one")
+            item = dict(item) if isinstance(item, dict) else {"prompt": item}
+            item["prompt"] = prompt = item.pop("messages", None) or item.get("prompt") or None
+            turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+            texts = [isinstance(turn, dict) and turn.get(key)
+                     for turn in turns for key in ("role", "content")]
+            if not all(isinstance(text, str) for text in texts) or not texts[-1].strip():
+                raise ValueError(f"{prompt!r} is no prompt")
+            if taken := {"text", "prompts", "responses"}.intersection(item):
+                raise ValueError(f"a column cannot be named {min(taken)}")
+            items.append(item)
+    except (OSError, ValueError) as error:  # of the file, of Unicode, of JSON, or from here
+        raise InputError(f"{where}: {error}: write a text a line, or in a .jsonl JSON with "
+                         "`prompt`, a text, or `messages`, with role and content") from None
     return items
 
 def get_prompt_indices(rollout, num_prompts):
@@ -807,23 +803,19 @@ def get_lr_factor(step, total_steps):
     """What the rates are multiplied by. A function of the step's number: nothing is saved of it."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    x = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    cosine = (1 + math.cos(math.pi * x)) / 2
-    return {"constant": 1.0, "linear": 1 - x, "cosine": cosine}[lr_schedule]
-
-def as_data(text, tokenizer):
-    """The text, its spellings of special tokens broken by a space: what a user or a model writes
-    must not end its turn in a chat template and open another."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    for token in added.union(tokenizer.all_special_tokens):
-        text = text.replace(token, token[0] + " " + token[1:]) if len(token) > 1 else text
-    return text
+    x = (step - warmup_steps) / (total_steps - warmup_steps)
+    return dict(constant=1.0, linear=1 - x, cosine=(1 + math.cos(math.pi * x)) / 2)[lr_schedule]
 
 def to_messages(prompt, tokenizer):
-    """A prompt, a text or messages -> messages for a chat template."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [{name: as_data(message[name], tokenizer) for name in ("role", "content")}
-            for message in messages]
+    """A prompt, a text or messages -> messages for a chat template, special tokens that they spell
+    broken by a space: what a user or a model writes must not end its turn and open another."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [{key: turn[key] for key in ("role", "content")} for turn in turns]
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    for token in added.union(tokenizer.all_special_tokens) - {""}:
+        for message, key in itertools.product(messages, ("role", "content")):
+            message[key] = message[key].replace(token, token[0] + " " + token[1:])
+    return messages
 
 def load(auto, constant, name, **options):
     try:
@@ -834,30 +826,26 @@ def load(auto, constant, name, **options):
 
 def load_tokenizer(constant, name):
     tokenizer = load(transformers.AutoTokenizer, constant, name)
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token is None and constant == "actor_name":
         raise InputError(f"{constant} = {name!r} has a tokenizer without end token: set eos_token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless here: masks come from positions
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # told apart by position
     return tokenizer
 
 def load_model(constant, name):
     """A model in fp32, dropout off for good. Only safetensors are read: no pickle runs. InputError:
     weights that were never trained; a reward model with other than one output."""
-    auto = transformers.AutoModelForSequenceClassification
-    if constant == "actor_name":
-        auto = transformers.AutoModelForCausalLM
+    kind = "CausalLM" if constant == "actor_name" else "SequenceClassification"
     # dtype has to be said, bf16 is the default (Trap 17). num_labels must not be: with it a plain
     # language model passes for a reward model, with a head of random numbers (Trap 14).
-    model, info = load(auto, constant, name, dtype=torch.float32, use_safetensors=True,
-                       output_loading_info=True)
+    model, info = load(getattr(transformers, f"AutoModelFor{kind}"), constant, name,
+                       dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     if constant == "reward_name" and model.config.num_labels != 1:
         raise InputError(f"{constant} = {name!r} has {model.config.num_labels} outputs, not 1")
-    missing = sorted(info["missing_keys"])
-    if missing and constant != "critic_name":
-        raise InputError(f"{constant} = {name!r} has no trained {missing[0]}: name another model")
-    for module in model.modules():  # some layers ask their own `training`, which `recomputing` sets
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
+    if constant != "critic_name" and (missing := info["missing_keys"]):
+        raise InputError(f"{constant} = {name!r} has no trained {min(missing)}: name another model")
+    for module in model.modules():  # a layer asks its own `training`, which `recomputing` sets
+        vars(module).update({key: 0.0 for key, value in vars(module).items()
+                             if "dropout" in key and isinstance(value, float)})
     return model.eval()  # dropout would move the ratio before any step (Trap 20)
 
 ENABLE = "activation_checkpointing_enable"  # gradient_checkpointing_enable in older transformers
@@ -865,24 +853,21 @@ ENABLE = "activation_checkpointing_enable"  # gradient_checkpointing_enable in o
 def make_models(load_model):
     """load_model(constant, name) -> actor, critic, reward model, reference. Of the bill's loader,
     models without memory. InputError: one has too few positions, or knows too few tokens."""
-    actor_model, reward_model = load_model("actor_name", actor_name), reward_fn
-    if reward_fn is None:
-        reward_model = load_model("reward_name", reward_name).requires_grad_(False)
+    actor_model = load_model("actor_name", actor_name)
+    reward_model = reward_fn or load_model("reward_name", reward_name).requires_grad_(False)
     if lora_rank:
         actor_model, critic_model, ref_model = add_adapters(actor_model)
     else:
         ref_model = load_model("actor_name", actor_name).requires_grad_(False)
-        critic_model = make_critic(actor_model, reward_model)
-        if critic_name is not None:
-            critic_model = Critic(load_model("critic_name", critic_name).base_model).eval()
+        critic_model = make_critic(actor_model, reward_model) if critic_name is None else Critic(
+            load_model("critic_name", critic_name).base_model).eval()
     for constant, model in (("actor_name", actor_model), ("critic_name", critic_model.base_model)):
-        config = model.config.get_text_config()
-        positions = getattr(config, "max_position_embeddings", None) or math.inf
-        if max_length + max_new_tokens > positions:
-            raise InputError(f"max_length + max_new_tokens = {max_length + max_new_tokens}, but "
-                             f"{constant} has {positions} positions: lower one of them")
+        config, length = model.config.get_text_config(), max_length + max_new_tokens
+        if length > (getattr(config, "max_position_embeddings", None) or math.inf):
+            raise InputError(f"max_length + max_new_tokens = {length}: lower one, {constant} has "
+                             f"{config.max_position_embeddings} positions")
         if config.vocab_size < actor_model.config.get_text_config().vocab_size:
-            raise InputError(f"{constant} = {critic_name!r} knows fewer tokens than actor_name")
+            raise InputError(f"{constant} knows fewer tokens than actor_name: name another model")
         if gradient_checkpointing:  # `recomputing` switches it on where it is wanted
             (getattr(model, ENABLE, None) or model.gradient_checkpointing_enable)()
     return actor_model, critic_model, reward_model, ref_model
@@ -890,29 +875,28 @@ def make_models(load_model):
 def to_reward_inputs(prompt, response, tokenizer, apply_chat_template, max_length):
     """What a reward model reads, in its own words (Trap 13): its chat template where it has one, a
     pair where its tokenizer separates pairs (encoders), else prompt + response + end token."""
-    response, cut = as_data(response, tokenizer), dict(truncation=True, max_length=max_length)
+    cut = dict(truncation=True, max_length=max_length)
+    messages = to_messages(prompt, tokenizer) + to_messages(
+        [{"role": "assistant", "content": response}], tokenizer)
     if apply_chat_template and tokenizer.chat_template:
-        messages = to_messages(prompt, tokenizer) + [{"role": "assistant", "content": response}]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         return tokenizer(text, add_special_tokens=False, **cut)
-    if not isinstance(prompt, str):
-        prompt = "\n".join(message["content"] for message in prompt)
+    *asked, response = [message["content"] for message in messages]
     if tokenizer.sep_token and tokenizer.num_special_tokens_to_add(pair=True) > 2:
-        return tokenizer(as_data(prompt, tokenizer), response, **cut)
-    return tokenizer(prompt + response + (tokenizer.eos_token or ""), **cut)
+        return tokenizer("\n".join(asked), response, **cut)
+    asked = prompt if isinstance(prompt, str) else "\n".join(asked)  # a text as it stands
+    return tokenizer(asked + response + (tokenizer.eos_token or ""), **cut)
 
 def check_scores(scores, responses, name="reward_fn"):
     """What a function of the user's returned -> list of floats, or InputError."""
     try:
-        scores = [float(score) for score in list(scores) if not isinstance(scores, str)]
+        floats = [float(score) for score in scores if not isinstance(score, str)]
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{name} returned no list of numbers: return floats") from None
-    if len(scores) != len(responses):
-        raise InputError(f"{name} returned {len(scores)} scores for {len(responses)} responses")
-    for score, response in zip(scores, responses):
-        if not math.isfinite(score):
-            raise InputError(f"{name} returned {score} for {show(response)!r}: make it finite")
-    return scores
+        floats = []
+    if len(floats) != len(responses) or not all(map(math.isfinite, floats)):
+        raise InputError(f"{name} has to return {len(responses)} finite floats, one for each "
+                         f"response, and returned {show(str(scores))[:200]}")
+    return floats
 
 def update_moments(moments, scores):
     """Adds scores to [count, mean, squares about it] -> mean, standard deviation (Welford)."""
@@ -929,38 +913,42 @@ def show(text):
 
 # ---- 9. What is logged -------------------------------------------------------------------------
 
-METRICS = {  # tag: what it is, healthy from, to, and where to look outside of that
-    "reward/score_mean": ("score of a response, raw", None, None, ""),
-    "reward/score_std": ("its deviation", 1e-6, None, "all scores are equal: look at the reward"),
-    "reward/after_kl": ("score - kl_coef KL", None, None, ""),
-    "reward/gold": ("gold_fn of a response", None, None, ""),
-    "reward/gold_lost": ("gold below its best", None, 0.1, "the reward is hacked: raise kl_coef"),
-    "kl/ref_k1": ("KL to ref, nats a response", -0.5, None, "sampling and scoring differ: Trap 8"),
-    "kl/ref_k3": ("the same, never negative", None, 100, "far from ref: raise kl_coef"),
-    "kl/kl_coef": ("price of a nat", None, None, ""),
-    "kl/ppo1_beta": ("price of KL(old, new)", None, None, ""),
-    "rollout/response_length": ("tokens", None, None, ""),
-    "rollout/ended": ("share that ended", 0.05, None, "raise max_new_tokens, missing_eos_penalty"),
-    "rollout/advantage_std": ("before whitening", None, None, ""),
-    "policy_loss": ("its value is no progress: Trap 26", None, None, ""),
-    "policy/ratio_mean": ("pi / pi_old", 0.9, 1.1, "steps are too large: lower actor_lr"),
-    "policy/ratio_max": ("pi / pi_old", None, 100, "steps are too large: lower actor_lr"),
-    "policy/clip_upper": ("share of tokens", None, 0.2, "lower actor_lr or max_epochs"),
-    "policy/clip_lower": ("share of tokens", None, 0.2, "lower actor_lr or max_epochs"),
-    "policy/approx_kl": ("KL(old, new), nats a token", None, 0.1, "lower actor_lr, set target_kl"),
-    "policy/entropy": ("nats a token", 0.01, None, "collapse: raise kl_coef or entropy_coef"),
-    "policy/actor_grad_norm": ("before clipping", None, None, ""),
-    "policy/actor_lr": ("learning rate", None, None, ""),
-    "value_loss": ("squared error / 2", None, None, ""),
-    "value/value_clip_fraction": ("share of tokens", None, 0.5, "raise value_clip_eps"),
-    "value/explained_variance": ("1: V knows all", -0.5, None, "lower critic_lr"),
-    "value/critic_grad_norm": ("before clipping", None, None, ""),
-    "value/critic_lr": ("learning rate", None, None, ""),
-    "time/tokens_per_second": ("of responses", None, None, ""),
-    "time/generate": ("seconds", None, None, ""),
-    "time/score": ("seconds", None, None, ""),
-    "time/train": ("seconds", None, None, ""),
+CHARTS = {  # TensorBoard's page: what a tag is; or that, healthy from, to, and where else to look
+    "4 models: score and gold": {
+        "reward/score_mean": "score of a response, raw", "reward/after_kl": "score - kl_coef KL",
+        "reward/score_std": ("its deviation", 1e-6, None, "scores are equal: look at the reward"),
+        "reward/gold": "gold_fn of a response",
+        "reward/gold_lost": ("gold below its best", None, 0.1, "reward is hacked: raise kl_coef")},
+    "4 models: KL to the reference": {
+        "kl/ref_k1": ("nats a response", -0.5, None, "sampling and scoring differ: Trap 8"),
+        "kl/ref_k3": ("the same, never negative", None, 100, "far from ref: raise kl_coef")},
+    "4 models: KL's price": {"kl/kl_coef": "of a nat", "kl/ppo1_beta": "of KL(old, new)"},
+    "4 models: what V knows": {
+        "value/explained_variance": ("1: V knows all", -0.5, None, "lower critic_lr"),
+        "rollout/advantage_std": "before whitening"},
+    "4 models: entropy, share that ended": {
+        "policy/entropy": ("nats a token", 0.01, None, "collapse: raise kl_coef or entropy_coef"),
+        "rollout/ended": ("of responses", 0.05, None, "raise max_new_tokens, missing_eos_penalty")},
+    "4 models: response length": {"rollout/response_length": "tokens"},
+    "2 losses: policy_loss, tokens clipped": {
+        "policy_loss": "its value is no progress: Trap 26",
+        "policy/approx_kl": ("KL(old, new) a token", None, 0.1, "lower actor_lr, set target_kl"),
+        "policy/clip_upper": ("share of tokens", None, 0.2, "lower actor_lr or max_epochs"),
+        "policy/clip_lower": ("share of tokens", None, 0.2, "lower actor_lr or max_epochs")},
+    "2 losses: ratio": {
+        "policy/ratio_mean": ("pi / pi_old", 0.9, 1.1, "steps are too large: lower actor_lr"),
+        "policy/ratio_max": ("pi / pi_old", None, 100, "steps are too large: lower actor_lr")},
+    "2 losses: value_loss, tokens clipped": {
+        "value_loss": "squared error / 2",
+        "value/value_clip_fraction": ("share of tokens", None, 0.5, "raise value_clip_eps")},
+    "loop: learning rates": {"policy/actor_lr": "as scheduled", "value/critic_lr": "as scheduled"},
+    "loop: gradient norms": {
+        "policy/actor_grad_norm": "before clipping", "value/critic_grad_norm": "before clipping"},
+    "loop: tokens a second": {"time/tokens_per_second": "of responses"},
+    "loop: seconds": {"time/generate": "seconds", "time/score": "seconds", "time/train": "seconds"},
 }
+METRICS = {tag: row if isinstance(row, tuple) else (row, None, None, "")
+           for tags in CHARTS.values() for tag, row in tags.items()}
 
 def add_policy_metrics(metrics, policy_loss, action_log_probs, batch, clip_eps, clip_eps_high):
     """Adds sums over a micro-batch's real tokens: padding would only thin them out (Trap 25)."""
@@ -986,8 +974,7 @@ def finish_metrics(metrics):
     """Sums -> means over the tokens of the step, of all processes."""
     metrics = over_processes(metrics)
     whole = ("policy_loss", "value_loss", "ratio_max", "tokens")
-    return {name: value if name in whole else value / metrics["tokens"]
-            for name, value in metrics.items()}
+    return {name: x if name in whole else x / metrics["tokens"] for name, x in metrics.items()}
 
 def get_rollout_metrics(rows):
     """Rows -> means over all real tokens of a rollout, or over its responses."""
@@ -1025,7 +1012,8 @@ class State:
     score_moments: list = field(default_factory=lambda: [0, 0.0, 0.0])
 
 class Run:
-    """Log, evaluation, checkpoints and signals around the loop of `train`."""
+    """Log, evaluation, checkpoints and signals around the loop of `train`. `steps` and `metrics`
+    are those of the rollout under way, `snapshot` is its start: what is saved if it is dropped."""
 
     def __init__(self, models, optimizers, sampling, scoring, prompts_dataset, eval_dataset,
                  writer):
@@ -1033,48 +1021,38 @@ class Run:
         self.sampling, self.scoring = sampling, scoring
         self.prompts_dataset, self.eval_dataset = prompts_dataset, eval_dataset
         self.rollouts = math.ceil(episodes * len(prompts_dataset) / rollout_batch_size)
-        rows = rollout_batch_size * n_samples_per_prompt
-        self.total_steps = self.rollouts * max_epochs * math.ceil(rows / train_batch_size)
-        self.state = State(kl_coef=kl_coef if kl_coef_start is None else kl_coef_start)
-        self.steps, self.seconds, self.strikes = [], {}, defaultdict(int)
-        self.now, self.stopping, self.before, self.after = None, False, [], []
-        self.old_handlers = {}
+        self.state = State(kl_coef=kl_coef_start or kl_coef)
+        self.steps, self.metrics, self.strikes = [], {}, defaultdict(int)
+        self.now, self.stopping, self.after = None, False, []
+        self.signals = contextlib.ExitStack()  # closed, it puts the handlers of before back
 
     def start(self):
-        """Resumes, checks the models, looks at the held-out prompts."""
+        """Resumes, checks the models, looks at the held-out prompts -> the state."""
         path = find_checkpoint()
         if path:
             load_checkpoint(path, self)
-        for half in glob.glob(glob.escape(run_folder()) + "/**/*.tmp", recursive=True):
-            shutil.rmtree(half, ignore_errors=True)  # of a run that was killed as it wrote
-        snapshot = take_snapshot(self.state)
         if self_check != "off":
             run_self_check(self)
-        self.before = self.evaluate(self.models[3])  # the reference: what the actor was
-        if self.writer and not path:
+        if self.writer and not path:  # a resumed run goes on in a folder that has them
             lines = [f"| {name} | {show(repr(value))} |" for name, value in get_constants().items()]
             self.writer.add_text("constants", "\n".join(["| constant | value |", "|-|-|", *lines]))
-            self.log_evaluation(self.before)
-        if threading.current_thread() is threading.main_thread():  # no other may catch signals
-            self.old_handlers = {number: signal.signal(number, self.on_signal)
-                                 for number in (signal.SIGINT, signal.SIGTERM)}
-        put_random(snapshot)  # whatever was drawn here: a resumed run must not notice
-        self.started, self.first = time.perf_counter(), self.state.rollout
+            pages = defaultdict(dict)
+            for title, tags in CHARTS.items():
+                page, chart = title.split(": ")
+                pages[page][chart] = ["Multiline", list(tags)]
+            self.writer.add_custom_scalars(pages)
+        self.before = self.evaluate(self.models[3], log=not path)  # the reference: the actor before
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # threads other than the main one may not
+                self.signals.callback(signal.signal, number, signal.signal(number, self.on_signal))
         return self.state
 
-    def release_signals(self):
-        for number, handler in self.old_handlers.items():
-            signal.signal(number, handler)
-
     def goes_on(self):
-        """Is there another rollout? Remembers its start, in case that it is dropped."""
-        self.snapshot = take_snapshot(self.state)
+        """Is there another rollout? What it draws is a function of its number (and of the process),
+        as its prompts and rates are: a resumed run draws the same, and nothing of it is saved."""
+        self.snapshot = copy.deepcopy(vars(self.state))
+        transformers.set_seed((seed * 1_000_003 + self.state.rollout * 1009 + rank()) % 2 ** 32)
         return self.state.rollout < self.rollouts
-
-    def stop(self):
-        self.release_signals()
-        saved = save_checkpoint(self)
-        raise Stopped("stopped and saved: set resume = 'latest' to go on" if saved else "stopped")
 
     def fraction(self):
         return self.state.rollout / self.rollouts
@@ -1085,128 +1063,119 @@ class Run:
 
     def epochs(self, buffer):
         """All minibatches of all epochs, the learning rates set for each."""
-        step = self.state.rollout * self.total_steps // self.rollouts
-        self.kl_coef = self.state.kl_coef  # that of this rollout, `train` may adapt it after this
+        steps = max_epochs * math.ceil(len(buffer.rows) / train_batch_size)
+        step, rates = self.state.rollout * steps, dict(actor_lr=actor_lr, critic_lr=critic_lr)
+        self.metrics["kl_coef"] = self.state.kl_coef  # noted here: `train` may adapt it after this
         for _ in range(max_epochs):
             order = torch.Generator().manual_seed(seed * 1_000_003 + step)  # one in all processes
             for experience in buffer.minibatches(train_batch_size, order):
-                factor = get_lr_factor(step, self.total_steps)
-                for optimizer, lr in zip(self.optimizers, (actor_lr, critic_lr)):
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr * factor
+                factor = get_lr_factor(step, self.rollouts * steps)
+                for optimizer, (name, lr) in zip(self.optimizers, rates.items()):
+                    self.metrics[name] = optimizer.param_groups[0]["lr"] = lr * factor
                 yield experience
                 step += 1
 
     def mean(self, name):
         """Of a train_step metric over the rollout's steps, weighted by their tokens."""
-        steps = [step for step in self.steps if name in step]
-        return (sum(step[name] * step["tokens"] for step in steps)
-                / sum(step["tokens"] for step in steps))
+        return (sum(step[name] * step["tokens"] for step in self.steps)
+                / sum(step["tokens"] for step in self.steps))
 
     @contextlib.contextmanager
     def phase(self, name):
-        """Times a phase, and says where a loss that is not finite came up."""
+        """Times a phase. A signal, or a loss that is not finite, ends the run with all saved."""
         start, self.now = time.perf_counter(), name
         try:
             if any(gather(self.stopping)):
                 raise Stopped
             yield
-        except BaseException as error:
-            self.release_signals()
-            if isinstance(error, Stopped):
-                self.stop()
-            if not isinstance(error, FloatingPointError):
-                raise
+            self.now, self.metrics[name] = None, time.perf_counter() - start
+        except Stopped:
+            saved = " and saved: set resume = 'latest' to go on" if save_checkpoint(self) else ""
+            raise Stopped("stopped" + saved) from None
+        except FloatingPointError as error:
             self.save_actor("stopped")
             raise InputError(
                 f"rollout {self.state.rollout + 1}, optimizer step {len(self.steps) + 1}: {error}; "
                 f"lower actor_lr or critic_lr; {run_folder()}/stopped has the actor") from None
-        self.now, self.seconds[name] = None, time.perf_counter() - start
-
-    def finish_rollout(self, rows):
-        """Logs it, evaluates and saves where it is time to."""
-        state, metrics = self.state, get_rollout_metrics(rows) | self.seconds
-        metrics |= {name: self.mean(name) for name in set().union(*self.steps)}
-        if "ratio_max" in metrics:
-            metrics["ratio_max"] = max(step["ratio_max"] for step in self.steps)
-        metrics |= {name: optimizer.param_groups[0]["lr"]
-                    for name, optimizer in zip(("actor_lr", "critic_lr"), self.optimizers)}
-        metrics["tokens_per_second"] = sum(len(row.action_mask) for row in rows) / sum(
-            self.seconds.values())
-        metrics["kl_coef"] = self.kl_coef
-        if policy_loss == "ppo1":
-            metrics["ppo1_beta"] = state.ppo1_beta
-        if "gold" in metrics:
-            state.best_gold = max(state.best_gold, metrics["gold"])
-            metrics["gold_lost"] = state.best_gold - metrics["gold"]
-        self.log(metrics)
-        self.steps, self.seconds = [], {}
-        state.rollout += 1
-        if trace_every and state.rollout % trace_every == 0:
-            text = trace(rows, self.models[0], self.sampling["actor_tokenizer"],
-                         self.kl_coef if kl_in == "reward" else 0.0)
-            if self.writer:  # indented, so that Markdown leaves it as it is
-                self.writer.add_text("trace", textwrap.indent(text, "    "), state.rollout)
-        last = state.rollout == self.rollouts
-        if last or eval_every and state.rollout % eval_every == 0:
-            self.after = self.evaluate(self.models[0])
-            self.log_evaluation(self.after)
-        if save_every and (last or state.rollout % save_every == 0):
-            self.snapshot = take_snapshot(state)
-            save_checkpoint(self)
-
-    def log(self, metrics):
-        """A console line, all tags, advice where one is outside its range for the third time."""
-        done = self.state.rollout + 1
-        left = (time.perf_counter() - self.started) / (done - self.first) * (self.rollouts - done)
-        left = f"{int(left) // 60}:{int(left) % 60:02d}"
-        clip = metrics.get("clip_upper", 0.0) + metrics.get("clip_lower", 0.0)
-        episode = 1 + self.state.rollout * rollout_batch_size // len(self.prompts_dataset)
-        say(f"ep {episode:2d} rollout {done:3d}/{self.rollouts} score {metrics['score_mean']:6.2f} "
-            f"kl {metrics['ref_k1']:5.2f} loss {metrics.get('policy_loss', 0.0):6.3f} "
-            f"{metrics['value_loss']:6.3f} clip {clip:.2f} len {metrics['response_length']:4.1f} "
-            f"{metrics['tokens_per_second']:5.0f} tok/s {left} left")
-        for tag, (what, low, high, advice) in METRICS.items():
-            value = metrics.get(tag.split("/")[-1])
-            if value is None:
-                continue
-            if self.writer:
-                self.writer.add_scalar(tag, value, done)
-            outside = low is not None and value < low or high is not None and value > high
-            self.strikes[tag] = self.strikes[tag] + 1 if outside else 0
-            if self.strikes[tag] == 3:
-                say(f"  ! {tag} ({what}) is {value:.3g}, the third time in a row: {advice}")
-
-    def evaluate(self, actor_model):
-        if not self.eval_dataset:
-            return []
-        return evaluate(self.eval_dataset, actor_model, *self.models[1:], self.sampling,
-                        self.scoring, seed)
-
-    def log_evaluation(self, rows):
-        """Held-out prompts to TensorBoard; keeps the best actor so far."""
-        if not rows:
-            return
-        metrics, done = get_rollout_metrics(rows), self.state.rollout
-        if self.writer:
-            for name in {"score_mean", "ref_k1", "gold"}.intersection(metrics):
-                self.writer.add_scalar(f"eval/{name}", metrics[name], done)
-            lines = [f"| {show(str(row.info['item']['prompt']))} | {show(row.info['response'])} "
-                     f"| {row.info['raw_score']:.2f} |".replace("\n", " ") for row in rows[:16]]
-            lines = ["| prompt | response | score |", "|-|-|-|", *lines]
-            self.writer.add_text("samples", "\n".join(lines), done)
-        if done and metrics["after_kl"] > self.state.best:
-            self.state.best = metrics["after_kl"]
-            self.save_actor("best")
+        finally:
+            if name not in self.metrics:  # the run ends here
+                self.signals.close()
 
     def on_signal(self, *_):
         """The first one stops in good order, a second one at once."""
-        for number in self.old_handlers:
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         self.stopping = True
         say("  stopping; once more to stop at once")
         if self.now in ("generate", "score") and world_size() == 1:
             raise Stopped  # drops this rollout; `phase` saves its start
+
+    def finish_rollout(self, rows):
+        """Logs it, evaluates and saves where it is time to."""
+        state, metrics = self.state, self.metrics | get_rollout_metrics(rows)
+        metrics |= {name: self.mean(name) for name in self.steps[0]}
+        if "ratio_max" in metrics:
+            metrics["ratio_max"] = max(step["ratio_max"] for step in self.steps)
+        seconds = sum(metrics[name] for name in ("generate", "score", "train"))
+        metrics["tokens_per_second"] = sum(len(row.action_mask) for row in rows) / seconds
+        if policy_loss == "ppo1":
+            metrics["ppo1_beta"] = state.ppo1_beta
+        if "gold" in metrics:
+            state.best_gold = max(state.best_gold, metrics["gold"])
+            metrics["gold_lost"] = state.best_gold - metrics["gold"]
+        episode = 1 + state.rollout * rollout_batch_size // len(self.prompts_dataset)
+        state.rollout += 1
+        done, last = state.rollout, state.rollout == self.rollouts
+        left = int(seconds * (self.rollouts - done))
+        m = defaultdict(float, metrics)  # 0 for the policy's while only the critic learns
+        say(f"ep {episode:2d} rollout {done:3d}/{self.rollouts} score {m['score_mean']:6.2f} "
+            f"kl {m['ref_k1']:5.2f} loss {m['policy_loss']:6.3f} {m['value_loss']:6.3f} "
+            f"clip {m['clip_upper'] + m['clip_lower']:.2f} len {m['response_length']:4.1f} "
+            f"{m['tokens_per_second']:5.0f} tok/s {left // 60}:{left % 60:02d} left")
+        self.log(metrics)
+        if trace_every and done % trace_every == 0:
+            text = trace(rows, self.models[0], self.sampling["actor_tokenizer"],
+                         metrics["kl_coef"] if kl_in == "reward" else 0.0)
+            if self.writer:  # indented, so that Markdown leaves it as it is
+                self.writer.add_text("trace", textwrap.indent(text, "    "), done)
+        self.steps, self.metrics = [], {}
+        if last or eval_every and done % eval_every == 0:
+            self.after = self.evaluate(self.models[0])
+        if save_every and (last or done % save_every == 0):
+            self.snapshot = copy.deepcopy(vars(state))
+            save_checkpoint(self)
+
+    def log(self, metrics):
+        """All tags, and advice where one is outside of its range for the third time in a row."""
+        for tag, (what, low, high, advice) in METRICS.items():
+            value = metrics.get(tag.split("/")[-1])
+            if value is None:
+                continue
+            if self.writer:
+                self.writer.add_scalar(tag, value, self.state.rollout)
+            outside = low is not None and value < low or high is not None and value > high
+            self.strikes[tag] = self.strikes[tag] + 1 if outside else 0
+            if self.strikes[tag] == 3:
+                say(f"  ! {tag} ({what}) is {value:.3g}, the third time in a row: {advice}")
+
+    def evaluate(self, actor_model, log=True):
+        """Held-out prompts -> rows; to TensorBoard too. Keeps the best actor so far."""
+        if not self.eval_dataset:
+            return []
+        rows = evaluate(self.eval_dataset, actor_model, *self.models[1:], self.sampling,
+                        self.scoring, seed)
+        metrics, done = get_rollout_metrics(rows), self.state.rollout
+        if log and self.writer:
+            for name in {"score_mean", "ref_k1", "gold"}.intersection(metrics):
+                self.writer.add_scalar(f"eval/{name}", metrics[name], done)
+            lines = [f"| {show(str(row.info['item']['prompt']))} | {show(row.info['response'])} "
+                     f"| {row.info['raw_score']:.2f} |" for row in rows[:16]]
+            lines = ["| prompt | response | score |", "|-|-|-|", *lines]
+            self.writer.add_text("samples", "\n".join(lines), done)
+        if log and done and metrics["after_kl"] > self.state.best:
+            self.state.best = metrics["after_kl"]
+            self.save_actor("best")
+        return rows
 
     def save_actor(self, name):
         """runs/<run_name>/<name>: an ordinary folder for `from_pretrained`, with the tokenizer."""
@@ -1215,8 +1184,8 @@ class Run:
             self.models[0], weights, self.sampling["actor_tokenizer"], folder))
 
     def finish(self):
-        self.release_signals()
-        self.after = self.after or self.evaluate(self.models[0])  # or: resumed at its end
+        self.signals.close()
+        self.after = self.after or self.evaluate(self.models[0], log=False)  # resumed at its end
         return self
 
 # ---- 11. Checkpoints ---------------------------------------------------------------------------
@@ -1226,51 +1195,8 @@ def run_folder():
 
 def get_constants():
     """Their values, functions by their names."""
-    values = {name: globals()[name] for name in CONSTANTS}
     return {name: getattr(value, "__name__", type(value).__name__) if callable(value) else value
-            for name, value in values.items()}
-
-def take_snapshot(state):
-    """State and random numbers at the start of a rollout, in types that need no pickle."""
-    kind, keys, *rest = numpy.random.get_state()
-    return dict(state=copy.deepcopy(vars(state)), torch=torch.get_rng_state(),
-                cuda=torch.cuda.get_rng_state_all(), python=random.getstate(),
-                numpy=(kind, keys.tolist(), *rest))
-
-def put_random(snapshot):
-    torch.set_rng_state(snapshot["torch"])
-    torch.cuda.set_rng_state_all(snapshot["cuda"])
-    random.setstate(snapshot["python"])
-    numpy.random.set_state(snapshot["numpy"])
-
-def write_folder(path, write):
-    """Calls write(folder) on a temporary folder, flushes that to disk, renames it to `path`: at any
-    time there is the whole of it, or what was there before. -> did it work? Says so if not."""
-    if rank() > 0:
-        return gather(None)[0]  # waits for the first, and for what it tells
-    temporary = path + ".tmp"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
-        write(temporary)
-        files = sorted(os.path.relpath(os.path.join(root, name), temporary)
-                       for root, _, names in os.walk(temporary) for name in names)
-        hashes = {name: flush(os.path.join(temporary, name)) for name in files}
-        with open(os.path.join(temporary, "manifest.json"), "w") as file:
-            json.dump(hashes, file)
-        flush(file.name)
-        if os.path.exists(path):
-            shutil.rmtree(path + ".old", ignore_errors=True)
-            os.rename(path, path + ".old")
-        os.rename(temporary, path)
-        shutil.rmtree(path + ".old", ignore_errors=True)
-    except Exception as error:  # OSError, or safetensors' and torch's own for a full disk
-        shutil.rmtree(temporary, ignore_errors=True)
-        if os.path.exists(path + ".old") and not os.path.exists(path):
-            os.rename(path + ".old", path)
-        say(f"  ! {path} was not written ({error}); what was saved before is whole")
-        return gather(False)[0]
-    return gather(True)[0]
+            for name in CONSTANTS for value in [globals()[name]]}
 
 def flush(path):
     """A file to disk -> its hash."""
@@ -1278,32 +1204,58 @@ def flush(path):
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
 
+def write_folder(path, write):
+    """Calls write(folder) on a temporary folder, flushes that to disk, renames it to `path`: at any
+    time there is the whole of it, or what was there before. -> did it work? Says so if not."""
+    if rank() > 0:
+        return gather(None)[0]  # waits for the first, and for what it tells
+    temporary, old, saved = path + ".tmp", path + ".old", False
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+        write(temporary)
+        hashes = {name: flush(f"{temporary}/{name}")
+                  for name in glob.glob("**", root_dir=temporary, recursive=True)
+                  if os.path.isfile(f"{temporary}/{name}")}
+        with open(f"{temporary}/manifest.json", "w") as file:
+            json.dump(hashes, file)
+        flush(file.name)
+        if os.path.exists(path):
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(path, old)
+        os.rename(temporary, path)
+        saved = True
+    except Exception as error:  # OSError, or safetensors' and torch's own for a full disk
+        say(f"  ! {path} was not written ({error}); what was saved before is whole")
+        if os.path.exists(old) and not os.path.exists(path):
+            os.rename(old, path)
+    for left in temporary, old:
+        shutil.rmtree(left, ignore_errors=True)
+    return gather(saved)[0]
+
 def save_model(model, weights, tokenizer, folder):
-    if not lora_rank:  # adapters merge themselves
-        tied = getattr(model, "all_tied_weights_keys", ())
-        weights = {name: weight for name, weight in weights.items() if name not in tied}
-    model.save_pretrained(folder, state_dict=weights)
+    tied = getattr(model, "all_tied_weights_keys", ())  # joined from parts they are two copies
+    model.save_pretrained(folder, state_dict={k: w for k, w in weights.items() if k not in tied})
     tokenizer.save_pretrained(folder)
 
 def save_checkpoint(run):
-    path = os.path.join(run_folder(), "checkpoints",
-                        f"rollout-{run.snapshot['state']['rollout']:06d}")
+    """The start of the rollout that is to come -> is it on disk? The last keep_checkpoints stay."""
+    path = f"{run_folder()}/checkpoints/rollout-{run.snapshot['rollout']:06d}"
     if gather(os.path.exists(path))[0]:  # of this very state: newer ones are put aside on resume
         return True
-    actor, critic = (to_whole(model.state_dict()) for model in run.models[:2])
-    rest = dict(run.snapshot, constants=get_constants(), processes=gather(run.snapshot),
-                optimizers=[to_whole(optimizer.state_dict()) for optimizer in run.optimizers])
+    parts = (*run.models[:2], *run.optimizers)
+    actor, critic, *optimizers = (to_whole(part.state_dict()) for part in parts)
+    rest = dict(constants=get_constants(), state=run.snapshot, optimizers=optimizers)
 
     def write(folder):
         if run.writer:
             run.writer.flush()  # a run that goes on from here will not write these points again
         if lora_rank:
-            safetensors.torch.save_file(actor, os.path.join(folder, "actor.safetensors"))
+            safetensors.torch.save_file(actor, f"{folder}/actor.safetensors")
         else:
-            save_model(run.models[0], actor, run.sampling["actor_tokenizer"],
-                       os.path.join(folder, "actor"))
-        safetensors.torch.save_file(critic, os.path.join(folder, "critic.safetensors"))
-        torch.save(rest, os.path.join(folder, "rest.pt"))
+            save_model(run.models[0], actor, run.sampling["actor_tokenizer"], f"{folder}/actor")
+        safetensors.torch.save_file(critic, f"{folder}/critic.safetensors")
+        torch.save(rest, f"{folder}/rest.pt")
 
     saved = write_folder(path, write)
     for old in list_checkpoints()[:-keep_checkpoints] if rank() == 0 else []:
@@ -1312,8 +1264,7 @@ def save_checkpoint(run):
 
 def list_checkpoints():
     """Oldest first."""
-    folder = os.path.join(glob.escape(run_folder()), "checkpoints", "rollout-" + "[0-9]" * 6)
-    return sorted(glob.glob(folder))
+    return sorted(glob.glob(f"{run_folder()}/checkpoints/rollout-{'[0-9]' * 6}"))
 
 def find_checkpoint():
     """What the constant `resume` means -> the path of a whole checkpoint, or None."""
@@ -1324,38 +1275,31 @@ def find_checkpoint():
     if not re.fullmatch(r"rollout-\d{6}", os.path.basename(path)):
         raise InputError(f"resume = {path!r} is no checkpoint: those are named rollout-000020")
     try:
-        with open(os.path.join(path, "manifest.json")) as file:
+        with open(f"{path}/manifest.json") as file:
             hashes = json.load(file)
-        damaged = [name for name in hashes if flush(os.path.join(path, name)) != hashes[name]]
+        damaged = [name for name in hashes if flush(f"{path}/{name}") != hashes[name]]
     except Exception as error:
-        damaged = [str(error)]
+        damaged = [error]
     if damaged:
-        name = os.path.basename(path)
-        older = [other for other in list_checkpoints() if os.path.basename(other) < name]
-        instead = repr(older[-1]) if older else "None to start anew"
-        raise InputError(f"checkpoint {path} is damaged ({damaged[0]}): set resume = {instead}")
+        good = [None, *(other for other in list_checkpoints() if other[-6:] < path[-6:])][-1]
+        raise InputError(f"checkpoint {path} is damaged ({damaged[0]}): set resume = {good!r}")
     return path
 
 def load_checkpoint(path, run):
-    """Puts everything back, for half of Adam's state or other random numbers would be another run
-    (Trap 30). InputError: a constant that cannot change was changed."""
+    """Puts everything back: with half of Adam's state it would be another run (Trap 30).
+    InputError: it is of other models, or a constant that cannot change was changed."""
     try:
-        rest = torch.load(os.path.join(path, "rest.pt"), weights_only=True)  # runs no pickle
-    except Exception:
-        raise InputError(f"resume: {path} holds no state that can be read: name another") from None
-    for name, old in rest["constants"].items():
-        new = get_constants().get(name)
-        if new != old and name in ("actor_name", "critic_name", "lora_rank"):
-            raise InputError(f"{name} = {new!r} cannot change on resume: it was {old!r}")
-        if new != old and name != "resume":
-            say(f"  resume: {name} was {old!r}, now {new!r}")
-    try:
-        folder = os.path.join(path, "actor")
-        if lora_rank:
-            actor = safetensors.torch.load_file(folder + ".safetensors")
-        else:
-            actor = type(run.models[0]).from_pretrained(folder, dtype=torch.float32).state_dict()
-        critic = safetensors.torch.load_file(os.path.join(path, "critic.safetensors"))
+        rest = torch.load(f"{path}/rest.pt", weights_only=True)  # runs no pickle
+        for name, old in rest["constants"].items():
+            new = get_constants().get(name)
+            if new != old and name in ("actor_name", "critic_name", "lora_rank"):
+                raise ValueError(f"{name} = {new!r} cannot change on resume, it was {old!r}")
+            if new != old and name != "resume":
+                say(f"  resume: {name} was {old!r}, now {new!r}")
+        actor = (safetensors.torch.load_file(f"{path}/actor.safetensors") if lora_rank else
+                 type(run.models[0]).from_pretrained(
+                     f"{path}/actor", dtype=torch.float32).state_dict())
+        critic = safetensors.torch.load_file(f"{path}/critic.safetensors")
         for model, weights, optimizer, saved in zip(
                 run.models, (actor, critic), run.optimizers, rest["optimizers"]):
             own, params = model.state_dict(), optimizer.param_groups[0]["params"]
@@ -1365,151 +1309,108 @@ def load_checkpoint(path, run):
             optimizer.load_state_dict(saved)
     except Exception as error:
         reason = str(error).split("\n")[0]
-        raise InputError(f"resume: {path} does not fit these models: {reason}") from None
-    name = os.path.basename(path)
+        raise InputError(f"resume: {path} cannot be put into this run: {reason}") from None
     for newer in list_checkpoints() if rank() == 0 else []:
-        if os.path.basename(newer) >= name and not os.path.samefile(newer, path):  # not this course
+        if newer[-6:] >= path[-6:] and not os.path.samefile(newer, path):  # of another course
             shutil.rmtree(newer + ".aside", ignore_errors=True)
             os.rename(newer, newer + ".aside")
-    run.state, processes = State(**rest["state"]), rest["processes"]
-    if len(processes) == world_size():
-        put_random(processes[rank()])
-    else:
-        say(f"  resume: random numbers start anew, there were {len(processes)} process(es)")
+    run.state = State(**rest["state"])
     say(f"resumed from {path}")
 
 # ---- 12. Self-check ----------------------------------------------------------------------------
 
 def run_self_check(run):
     """Tries what the formulas rest on, on these models and prompts, a line for each check. A failed
-    one stops the run, or warns, as the constant self_check says."""
-    failed = []
-
-    def check(name, passed, found, advice):
-        say(f"  {'✓' if passed else '✗'} {name}: {found}" + ("" if passed else f". {advice}"))
-        if not passed:
-            failed.append(name)
-
-    head = run.models[1].value_head.weight  # at 0 it would agree with everything
+    one stops the run, or warns, as the constant self_check says. Leaves gradients, which train_step
+    clears, and other random numbers."""
+    head, failed = run.models[1].value_head.weight, []
     saved = head.detach().clone()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        nn.init.normal_(head)
-        samples_list, rows = check_forward(run, check)
-        check_update(run, samples_list, rows, check)
-    with torch.no_grad():
-        head.copy_(saved)
-    for model in run.models:
-        if isinstance(model, nn.Module):
-            model.zero_grad(set_to_none=True)
+    nn.init.xavier_normal_(head)  # at 0 it would agree with everything
+    for name, numbers, limit, advice in check_forward(run):
+        off = torch.as_tensor(numbers).float().abs().max().item()
+        tick, hint = ("✓", "") if off < limit else ("✗", f". {advice}")
+        say(f"  {tick} {name}: off by {off:.2g}{hint}")
+        failed += [name] if hint else []
+    head.data.copy_(saved)
     if failed and self_check == "stop":
         raise InputError(f"self-check: {failed[0]}: not so; mend it, or set self_check = 'warn'")
 
-def check_forward(run, check):
-    """The properties of one forward. Rounding of bf16 on a GPU is reported and not judged."""
-    actor, critic, tokenizer = run.models[0], run.models[1], run.sampling["actor_tokenizer"]
-    exact = 1e-4 if device == "cpu" else math.inf
+def check_forward(run):
+    """Yields for each check its name, numbers, the limit below which they should be, and what to
+    change where they are not."""
+    actor, critic, _, ref = run.models
+    rounding = 1e-4 if device == "cpu" else math.inf  # that of bf16 is reported and not judged
+    tokenizer, few = run.sampling["actor_tokenizer"], min(max_new_tokens, 16)
+    end_tokens, pad = get_end_tokens(actor, tokenizer), tokenizer.pad_token_id
     prompts = sorted(list(run.prompts_dataset)[:64], key=lambda item: len(item["text"]))
-    prompts = [prompts[0], prompts[-1]]  # of two lengths, so that one is padded
-    sampling = run.sampling | dict(n_samples_per_prompt=2, max_new_tokens=min(max_new_tokens, 16))
-    samples_list = generate_samples(prompts, actor, **sampling)
-    rows = generate_experiences(samples_list, *run.models, **run.scoring)
-    batch, end_tokens = collate_fn(rows), torch.tensor(get_end_tokens(actor, tokenizer))
-
-    def outputs(batch):
-        n, inputs = batch.action_mask.shape[1], (batch.seqs, batch.attention_mask)
-        with torch.no_grad():
-            log_probs = compute_log_probs(actor, *inputs, n, temperature)
-            return torch.stack([log_probs, critic(*inputs, n)])
-
-    def largest(difference):
-        return (difference * batch.action_mask).abs().max().item()
-
-    here = outputs(batch)
-    off = largest(here[0] - batch.old_action_log_probs)
-    check("the ratio is 1 at step 0", off < exact, f"its log is at most {off:.1e}",
-          "The actor's forward does not repeat itself: is dropout on?")
-    off, started = batch.kl.abs().max().item(), run.state.rollout > 0
-    check("KL to the reference is 0 at step 0", started or off < exact, f"up to {off:.1e}",
-          "The reference is another model: load both from actor_name")
-    off = compare_sampler(actor, tokenizer, prompts)
-    check("sampled is what is scored", off < 1e-4, f"probabilities differ by {off:.1e}",
-          "`generate` filters or reweighs: look at the model's generation_config")
-    other = torch.where(batch.attention_mask.bool(), batch.seqs, batch.seqs.flip(1))
-    off = largest(outputs(dataclasses.replace(batch, seqs=other)) - here)
-    check("what stands under padding does not count", off < exact, f"it changes {off:.1e}",
-          "The model ignores attention_mask: it cannot be trained in batches")
-    future = batch.seqs.clone()
-    future[:, -batch.action_mask.shape[1]:] = batch.seqs[:, :1]  # other actions
-    off = (outputs(dataclasses.replace(batch, seqs=future)) - here)[1, :, 0].abs().max().item()
-    check("V(s_0) does not see the response", off < exact, f"it changes by {off:.1e}",
-          "The critic is no decoder: set critic_name to one, or to None")
-    alone = torch.zeros_like(here)
-    for i, row in enumerate(rows):
-        alone[:, i, :len(row.action_mask)] = outputs(collate_fn([row]))[:, 0]
-    off = largest(alone - here)
-    check("a row alone is as in a batch", off < exact, f"differs by {off:.1e}",
-          "The model ignores position_ids: set the micro batch sizes to 1")
-    ends = [int(torch.isin(row.seqs.cpu()[-len(row.action_mask):], end_tokens).sum())
-            for row in rows]
-    made = get_action_mask(torch.tensor([[-1, end_tokens[0], end_tokens[0]]]), end_tokens.tolist())
-    right = ends == [int(row.info["ended"]) for row in rows] and made.tolist() == [[1, 1, 0]]
-    check("the end token is one action", right, f"{sum(ends)} in {len(ends)} responses",
-          "The action mask is wrong: rewards would get lost")
-    return samples_list, rows
-
-def compare_sampler(actor, tokenizer, prompts):
-    """The largest difference of what `generate` draws from to softmax(logits / temperature)."""
-    inputs = tokenizer([item["text"] for item in prompts], return_tensors="pt", padding=True,
-                       truncation=True, max_length=max_length).to(device)
-    with undivided(actor), plain_sampling(
-            actor, get_end_tokens(actor, tokenizer), tokenizer.pad_token_id, temperature,
-            min(max_new_tokens, 8)):
+    sampling = run.sampling | dict(n_samples_per_prompt=2, max_new_tokens=few)
+    samples_list = generate_samples([prompts[0], prompts[-1]], actor, **sampling)  # one is padded
+    prompt_mask = samples_list[0].attention_mask[:, :-samples_list[0].num_actions]
+    with undivided(actor), plain_sampling(actor, end_tokens, pad, temperature, few):
         output = actor.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
+            input_ids=samples_list[0].seqs[:, :prompt_mask.shape[1]], attention_mask=prompt_mask,
             return_dict_in_generate=True, output_scores=True, output_logits=True)
-    drawn, raw = torch.stack(output.scores).float(), torch.stack(output.logits).float()
-    return (drawn.softmax(-1) - (raw / temperature).softmax(-1)).abs().max().item()
+    drawn, scored = torch.stack(output.scores), torch.stack(output.logits) / temperature
+    yield ("sampled is what is scored", drawn.softmax(-1) - scored.softmax(-1), 1e-4,
+           "`generate` filters or reweighs: look at the model's generation_config")
 
-def check_update(run, samples_list, rows, check):
-    """The way of the score, and the properties of a backward."""
-    actor, critic, reward, ref = run.models
-    good, bad = (generate_experiences(
-        samples_list, actor, critic, lambda prompts, responses, **_: [sign] * len(responses), ref,
+    rows, alone, worse = (generate_experiences(
+        samples_list, actor, critic, lambda prompts, responses, **_: [score] * len(responses), ref,
         gamma=gamma, lambd=lambd, whiten_advantages=False, truncated=truncated,
-        temperature=temperature, micro_train_batch_size=micro_train_batch_size)
-        for sign in (1.0, -1.0))
-    moves = [(up.advantages - down.advantages).tolist() for up, down in zip(good, bad)]
-    check("the score arrives", all(move[-1] > 1.9 and min(move) >= 0 for move in moves),
-          f"score 1 for -1 moves A_t by {min(map(min, moves)):.2f} to {max(map(max, moves)):.2f}",
-          "The end of a response gets no reward: look at action_mask and compute_rewards")
-    gradients = []
+        temperature=temperature, micro_train_batch_size=size)
+        for score, size in ((1.0, 4), (1.0, 1), (-1.0, 4)))
+    batch, alone = collate_fn(rows), collate_fn(alone)
+    seqs, T = batch.seqs, batch.action_mask.shape[1]
+
+    @torch.no_grad()
+    def outputs(seqs):
+        inputs = seqs, batch.attention_mask, T
+        both = torch.stack([compute_log_probs(actor, *inputs, temperature), critic(*inputs)])
+        return both * batch.action_mask
+
+    here, others = outputs(seqs), (seqs == 0).long()  # each token another one
+    old, alone = (torch.stack([b.old_action_log_probs, b.values]) for b in (batch, alone))
+    yield "the ratio is 1 at step 0", here[0] - old[0], rounding, "Is dropout on?"
+    if run.state.rollout == 0:
+        yield "KL to the reference is 0 at step 0", batch.kl, rounding, "Load both from actor_name"
+    pads = outputs(torch.where(batch.attention_mask.bool(), seqs, others)) - here
+    yield "nothing under padding counts", pads, rounding, "The model ignores attention_mask"
+    future = (outputs(torch.cat([seqs[:, :-T], others[:, -T:]], dim=1)) - here)[1, :, 0]
+    yield "V(s_0) does not see the response", future, rounding, "Set critic_name to a decoder"
+    yield ("a row alone is as in a batch", alone - old, rounding,
+           "The model ignores position_ids: set the micro batch sizes to 1")
+    actions = F.pad(seqs[:, -T:], (0, 2), value=end_tokens[0])  # so that each response ends
+    ends = sum(actions == token for token in end_tokens) * get_action_mask(actions, end_tokens)
+    yield "the end token is one action", ends.sum(-1) - 1, 1, "The action mask is wrong"
+    moves = [good.advantages[-1] - bad.advantages[-1] for good, bad in zip(rows, worse)]
+    yield "the score arrives", torch.stack(moves) - 2, 0.1, "Look at compute_rewards"
+    yield from check_update(run, rows, rounding)
+
+def check_update(run, rows, rounding):
+    """The same of a backward, of the weights and of the reward model."""
+    actor, critic, reward, _ = run.models
+    weights = [{p.data_ptr() or id(p): p for p in model.parameters()}  # 0: of a divided model
+               for model in run.models if isinstance(model, nn.Module)]
+    norms, optimizer = [], unittest.mock.Mock()  # it clears no gradient and moves no weight
     for size in (1, len(rows)):
-        optimizers = [torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-                      for model in (actor, critic)]
-        train_step(good, actor, critic, *optimizers, size, temperature, loss_agg=loss_agg,
-                   max_grad_norm=math.inf)
-        grads = [p.grad for model in (actor, critic) for p in model.parameters()
-                 if p.grad is not None]
-        gradients.append(torch.cat([getattr(grad, "full_tensor", grad.clone)().flatten()[:10_000]
-                                    for grad in grads]))
-    off = (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max().clamp(min=1e-12)
-    exact = 1e-3 if device == "cpu" else math.inf
-    check("micro-batches of 1 and of all: one gradient", off < exact, f"differs by {off:.1e}",
-          "Each loss needs the denominator of the whole step")
-    modules = [model for model in run.models if isinstance(model, nn.Module)]
-    weights = [{p.data_ptr() for p in model.parameters()} - {0} for model in modules]
-    shared = sum(len(a & b) for i, a in enumerate(weights[:2]) for b in weights[i + 1:])
-    touched = sum(p.grad is not None for model in modules[2:] for p in model.parameters())
-    check("no trained weight is shared", not shared, f"{shared} are", "deepcopy one of its owners")
-    check("frozen models get no gradient", not touched, f"{touched} do", "Use torch.no_grad()")
+        step = train_step(rows, actor, critic, optimizer, optimizer, size, temperature,
+                          loss_agg=loss_agg, max_grad_norm=math.inf)
+        norms.append(step["actor_grad_norm"] + step["critic_grad_norm"])
+        for p in (weights[0] | weights[1]).values():
+            if p.grad is not None:  # the second size adds its own to this: the difference is left
+                p.grad.neg_()
+    yield ("micro-batches of 1 and of all: one gradient", norms[1] / norms[0], 10 * rounding,
+           "Each loss needs the denominator of the whole step")
+    shared = sum(len({*a} & {*b}) for i, a in enumerate(weights[:2]) for b in weights[i + 1:])
+    yield "no trained weight is shared", shared, 1, "deepcopy one of its owners"
+    touched = sum(p.grad is not None for part in weights[2:] for p in part.values())
+    yield "frozen models get no gradient", touched, 1, "Use torch.no_grad()"
     if isinstance(reward, nn.Module):
-        texts = sorted({row.info["response"] for row in rows} | {"yes", "no"})
-        prompt = samples_list[0].items[0]["prompt"]
-        scores = compute_scores([prompt] * len(texts), texts, reward,
+        texts = ["yes", "no", *(row.info["response"] for row in rows)]
+        scores = compute_scores([rows[0].info["item"]["prompt"]] * len(texts), texts, reward,
                                 run.scoring["reward_tokenizer"], apply_chat_template)
-        check("the reward model tells responses apart", max(scores) - min(scores) > 1e-6,
-              f"scores {min(scores):.2f} to {max(scores):.2f}", "Does it read what it should?")
+        blind = max(scores) - min(scores) < 1e-6
+        yield "the reward model tells responses apart", blind, 1, "Does it read what it should?"
 
 # ---- 13. Several processes ---------------------------------------------------------------------
 #
@@ -1531,8 +1432,8 @@ def start_processes():
         store, number, count = next(dist.rendezvous("env://"))
         if os.environ["GROUP_WORLD_SIZE"] == "1":  # a restart would find addresses of before
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        hour = datetime.timedelta(hours=1)  # may the first one write while the others wait
-        dist.init_process_group(store=store, rank=number, world_size=count, timeout=hour)
+        dist.init_process_group(store=store, rank=number, world_size=count,
+                                timeout=datetime.timedelta(hours=1))  # for the first one to write
 
 def place(model):
     """To the device; of several processes each gets its part."""
@@ -1548,15 +1449,15 @@ def place(model):
 
 @contextlib.contextmanager
 def undivided(model):
-    """For `generate`: the whole model in each process, or every token would send for it."""
-    parts = [module for module in model.modules() if hasattr(module, "unshard")]
+    """For `generate`: layers stay whole once they are gathered, or every token would send for
+    them. The first forward gathers all; how many follow is each process' own affair."""
+    parts = [module for module in model.modules() if hasattr(module, "reshard")]
     for part in parts:
-        part.unshard()
         part.set_reshard_after_forward(False)
     yield
     for part in parts:
-        part.reshard()
         part.set_reshard_after_forward(True)
+        part.reshard()
 
 def say(text):
     if rank() == 0:
@@ -1577,7 +1478,7 @@ def my_share(rows):
 def gather_rows(rows):
     """The rows of all processes, in the order that one alone would have."""
     def move(row, target):  # a copy: of a view, pickle would send all that is behind it
-        tensors = {k: v.to(target, copy=True) for k, v in vars(row).items() if hasattr(v, "copy_")}
+        tensors = {k: v.to(target, copy=True) for k, v in vars(row).items() if torch.is_tensor(v)}
         return dataclasses.replace(row, **tensors)
 
     if world_size() == 1:
@@ -1587,23 +1488,21 @@ def gather_rows(rows):
 
 def over_processes(metrics):
     """Sums and a maximum; of the losses, which have the denominator of a share, the mean."""
-    parts = gather(metrics)
     joins = dict(ratio_max=max, policy_loss=numpy.mean, value_loss=numpy.mean)
+    parts = gather(metrics)
     return {name: float(joins.get(name, sum)([p[name] for p in parts])) for name in metrics}
 
 def clip_gradients(model, max_norm):
     """Scales gradients down to a norm of max_norm -> the norm before, that of all parts."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return float(norm.full_tensor() if world_size() > 1 else norm)
+    return float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
 
 def to_whole(tree):
     """A state dict -> one with whole tensors for the first process to write, None for others."""
     if isinstance(tree, dict):
         return {name: to_whole(value) for name, value in tree.items()}
     if hasattr(tree, "full_tensor"):
-        whole = tree.full_tensor()
-        return whole.cpu() if rank() == 0 else None
-    return tree
+        tree = tree.full_tensor().cpu()  # not all of them in one GPU
+    return tree if rank() == 0 else None
 
 def to_part(tensor, like):
     """The part of a whole tensor that this process has of `like`."""
@@ -1612,6 +1511,51 @@ def to_part(tensor, like):
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements,
                              src_data_rank=None).clone()  # a view would keep the whole
+
+# ---- 14. Trace: one response, token by token ---------------------------------------------------
+
+@torch.no_grad()
+def trace(rows, actor_model, tokenizer, kl_coef):
+    """Prints and returns: a rollout's best and worst scored response, and as a table the one that
+    holds its largest |KL| of a token: look there first for a hacked reward. The numbers are the
+    run's own, `used` the whitened A, `new` that after all epochs. A mark says that the loss lets no
+    gradient of the token through any more: ^ clipped above, v below, d by the dual clip."""
+    def number(x):  # in 7 characters, with as many of 4 decimals as fit
+        texts = (f"{x:z.{d}f}" for d in (4, 3, 2, 1, 0))  # z: no -0.0000
+        return next((text for text in texts if len(text) < 8), f"{x:.0e}")
+
+    def brief(name, row):
+        prompt, response = show(str(row.info["item"]["prompt"])), show(row.info["response"])
+        return f"  {name} {number(row.info['raw_score']):>8}: {prompt[-40:]} -> {response}"[:100]
+
+    by_score = sorted(rows, key=lambda row: row.info["raw_score"])
+    row = max(rows, key=lambda row: row.kl.abs().max())
+    peak, place = row.kl.abs().max(0)
+    old, V, n = row.old_action_log_probs, row.values, len(row.action_mask)
+    inputs = row.seqs[None], row.attention_mask[None]
+    new = compute_log_probs(actor_model, *inputs, n, temperature)[0]
+    delta = row.rewards + gamma * torch.cat([V[1:], row.last_values[None]]) - V  # Eq. 9
+    columns = {
+        "log_prob": old, "ref": row.ref_action_log_probs, "kl": row.kl, "reward": row.rewards,
+        "V": V, "delta": delta, "A": row.returns - V, "used": row.advantages,
+        "return": row.returns, "new": new, "ratio": (new - old).exp()}
+    lines = [brief("best ", by_score[-1]), brief("worst", by_score[0]), brief("below", row),
+             f"  max |KL| {number(peak.item())} at token {place}; score "
+             f"{number(row.scores.item())}, kl_coef {kl_coef:.4g}, gamma {gamma}, lambd {lambd}, "
+             f"V(s_T) {number(row.last_values.item())}", "token    " + "%8s" * 11 % (*columns,)]
+    low, high = (clip_eps, clip_eps_high or clip_eps) if policy_loss == "clip" else (math.inf,) * 2
+    for token, *cells in zip(row.seqs[-n:].tolist(), *(x.tolist() for x in columns.values())):
+        A, ratio = cells[7], cells[10]
+        mark = ("^" * (A > 0 and ratio > 1 + high) or "v" * (A < 0 and ratio < 1 - low)
+                or "d" * (A < 0 and ratio > (dual_clip or math.inf)))
+        token = show(tokenizer.decode([token]))
+        lines.append(f"{token:9.9}" + "%8s" * 11 % (*map(number, cells),) + f" {mark}".rstrip())
+    if n > 64:
+        lines[45:-24] = [f"... {n - 64} tokens more"]
+    say("\n".join(lines))
+    return "\n".join(lines)
+
+# ---- 15. What a run takes: less of it, and told before -----------------------------------------
 
 @contextlib.contextmanager
 def recomputing(model):
@@ -1626,282 +1570,201 @@ def recomputing(model):
         for layer in layers:
             layer.training = False
 
-# ---- 14. Trace: one response, token by token ---------------------------------------------------
+@contextlib.contextmanager
+def inverse_cdf():
+    """Inside, `generate` draws tokens with one random number a row: torch.multinomial draws one for
+    each token of the vocabulary, at 152k a third of the time of sampling. In float64: in float32 a
+    sum over 152k probabilities would lose the rare ones."""
+    def multinomial(probs, num_samples):
+        cdf = probs.cumsum(-1, dtype=torch.float64)
+        drawn = torch.rand(len(cdf), num_samples, dtype=cdf.dtype, device=cdf.device)
+        return torch.searchsorted(cdf, drawn * cdf[:, -1:], right=True)
 
-@torch.no_grad()
-def trace(rows, actor_model, tokenizer, kl_coef):
-    """Prints and returns: a rollout's best and worst scored response, and as a table the one that
-    holds its largest |KL| of a token: look there first for a hacked reward. The numbers are the
-    run's own, `used` the whitened A, `new` that after all epochs. A mark says that the loss lets no
-    gradient of the token through any more: ^ clipped above, v below, d by the dual clip."""
-    def number(x):  # in 7 characters, with as many of 4 decimals as fit
-        return next((s for d in (4, 3, 2, 1, 0) if len(s := f"{round(x, d) + 0.0:.{d}f}") < 8),
-                    f"{x:.0e}")
+    with unittest.mock.patch.object(torch, "multinomial", multinomial):
+        yield
 
-    def brief(name, row):
-        prompt, response = show(str(row.info["item"]["prompt"])), show(row.info["response"])
-        return f"  {name} {number(row.info['raw_score']):>8}: {prompt[-40:]} -> {response}"[:100]
-
-    low, high = clip_eps, clip_eps_high or clip_eps
-    if policy_loss == "ppo1":
-        low = high = math.inf
-    by_score = sorted(rows, key=lambda row: row.info["raw_score"])
-    row = max(rows, key=lambda row: row.kl.abs().max())
-    place, n = row.kl.abs().argmax().item(), len(row.action_mask)
-    tokens = [show(tokenizer.decode([i])) for i in row.seqs[-n:].tolist()]
-    inputs = (row.seqs[None], row.attention_mask[None])
-    new = compute_log_probs(actor_model, *inputs, n, temperature)[0]
-    old, V = row.old_action_log_probs, row.values
-    delta = row.rewards + gamma * torch.cat([V[1:], row.last_values[None]]) - V  # Eq. 9
-    table = torch.stack([
-        old, row.ref_action_log_probs, row.kl, row.rewards, V, delta, row.returns - V,
-        row.advantages, row.returns, new, (new - old).exp()], dim=1).tolist()
-    names = "log_prob ref kl reward V delta A used return new ratio".split()
-    lines = [brief("best ", by_score[-1]), brief("worst", by_score[0]), brief("below", row),
-             f"  max |KL| {number(abs(table[place][2]))} at token {place}; score "
-             f"{number(row.scores.item())}, kl_coef {kl_coef:.4g}, gamma {gamma}, lambd {lambd}, "
-             f"V(s_T) {number(row.last_values.item())}",
-             f"{'token':9}" + "%8s" * 11 % (*names,)]
-    for t, (token, cells) in enumerate(zip(tokens, table)):
-        A, ratio = cells[7], cells[10]
-        mark = ("^" if A > 0 and ratio > 1 + high else "v" if A < 0 and ratio < 1 - low else
-                "d" if A < 0 and ratio > (dual_clip or math.inf) else "")
-        if t == 40 < n - 24:
-            lines.append(f"... {n - 64} tokens more")
-        if t < 40 or t >= n - 24:
-            lines.append(f"{token:9.9}" + "%8s" * 11 % (*map(number, cells),) + f" {mark}".rstrip())
-    say("\n".join(lines))
-    return "\n".join(lines)
-
-# ---- 15. The bill: what a run takes, told before it takes it -----------------------------------
+@contextlib.contextmanager
+def untied(model):
+    """Inside, an lm_head that is also the embedding is a parameter of its own on the same memory,
+    and so is its gradient. Tied, autograd holds the gradients of both and their sum beside the one
+    that is there: at a vocabulary of 152k four times the largest tensor, instead of two."""
+    head = getattr(model, "lm_head", None)
+    tied = getattr(head, "weight", None)
+    alone = tied is None or tied is not model.get_input_embeddings().weight or tied.grad is None
+    if alone or hasattr(tied, "placements"):  # or a part of one (FSDP2)
+        yield
+        return
+    head.weight = nn.Parameter(tied.detach())
+    head.weight.grad = tied.grad
+    try:
+        yield
+    finally:
+        head.weight = tied
 
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts the bytes of the tensors made inside: those alive `now`, and the `peak` of that."""
-    now = peak = 0
+    """Finds the `peak`: the most bytes that tensors made inside, and still alive, take together."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = weakref.WeakSet(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        def storages(tree):
-            return {leaf.untyped_storage() for leaf in torch.utils._pytree.tree_leaves(tree)
-                    if isinstance(leaf, torch.Tensor)}
-
         made = function(*args, **(kwargs or {}))
-        for storage in storages(made) - storages((args, kwargs)):  # no views, nothing in place
-            self.add(storage.nbytes())
-            weakref.finalize(storage, self.add, -storage.nbytes())
+        old, new = ({leaf.untyped_storage() for leaf in torch.utils._pytree.tree_leaves(tree)
+                     if isinstance(leaf, torch.Tensor)} for tree in ((args, kwargs), made))
+        self.alive |= new - old  # no views, nothing in place
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.alive))
         return made
 
-    def add(self, size):
-        self.now, self.peak = self.now + size, max(self.peak, self.now + size)
-
 def measure(name, model):
-    """A model without memory -> bytes of its weights, gradients and Adam; the most that stands
-    beside them in a micro-batch (activations, logits) and in `generate` (prompts, KV cache)."""
+    """A model without memory -> bytes of its weights, gradients and Adam, and the most that stands
+    beside them: activations and logits of a micro-batch, or those of `generate` and its cache."""
     trained, rows = name in ("actor", "critic"), rollout_batch_size * n_samples_per_prompt
     grown = [p for p in model.parameters() if p.requires_grad]
     for p in grown:
-        p.grad = torch.empty_like(p)
+        p.grad = torch.empty_like(p)  # as `train_step` keeps them: each micro-batch adds to them
     seqs = torch.ones(min(micro_train_batch_size, train_batch_size if trained else rows),
-                      max_length + max_new_tokens, dtype=torch.long)
-    inputs = (seqs, torch.ones_like(seqs), max_new_tokens)
-    with Watch() as work, torch.set_grad_enabled(trained), recomputing(model):
-        if name == "reward":
-            model.config.pad_token_id = model.config.pad_token_id or 0  # main sets a missing one
-            limit = getattr(model.config, "max_position_embeddings", None)  # longer texts are cut
-            model(input_ids=seqs[:, :limit], attention_mask=inputs[1][:, :limit])
-        elif name == "critic":
-            model(*inputs).sum().backward()
+                      max_length + max_new_tokens, dtype=torch.long)  # and their own mask
+    with Watch() as watch, torch.set_grad_enabled(trained), recomputing(model), untied(model):
+        if name == "reward":  # it cuts what it reads
+            seqs = seqs[:, :getattr(model.config, "max_position_embeddings", None)]
+            model(input_ids=seqs, attention_mask=seqs)
         else:
-            parts = compute_log_probs(model, *inputs, temperature, trained and entropy_coef != 0)
-            if trained:
-                sum(part.sum() for part in parts).backward()
-    with Watch() as sampling, torch.no_grad(), autocast(model):
-        if name == "actor":
-            output = model(input_ids=seqs[:1, :max_length].repeat(
-                min(micro_rollout_batch_size, rows), 1), use_cache=True, logits_to_keep=1)
-            output.logits.float().repeat(4, 1, 1)  # copied, tempered, softmax, random numbers
-            output = output.past_key_values
+            output = model(seqs, seqs, max_new_tokens) if name == "critic" else compute_log_probs(
+                model, seqs, seqs, max_new_tokens, temperature, trained and entropy_coef != 0)
+        if trained:
+            sum(map(torch.sum, output)).backward()
+    with watch, torch.no_grad(), autocast(model):
+        if name == "actor":  # prompt and response at once: the cache as it is in the end
+            output = model(input_ids=seqs[:1].repeat(min(micro_rollout_batch_size, rows), 1),
+                           use_cache=True, logits_to_keep=1)
+            output.logits.float().repeat(5, 1, 1)  # copied, tempered, softmax, its sums in 64 bits
     weights, grown = (sum(p.nbytes for p in group) / world_size()
                       for group in (model.parameters(), grown))
-    cache = sampling.now * (1 + max_new_tokens / max_length)
-    return weights, grown, 2 * grown, work.peak, sampling.peak - sampling.now + cache
+    return weights, grown, 2 * grown, watch.peak
 
 def get_memory():
-    """Bytes: what Python and the libraries take, what is left for the run. On a GPU nothing counts
-    for the first; on a CPU the container's limit does for the second."""
+    """Bytes: what Python and the libraries take (of a GPU nothing), what is left for the run, also
+    by the limit of a container. Both are known on Linux alone."""
     if device == "cuda":
         return 0, torch.cuda.mem_get_info()[0]
-    free, base, root = [math.inf], 0, "/sys/fs/cgroup/memory"
-    for limit, used, pattern in (
-            ("/proc/meminfo", None, r"MemAvailable: +(\d+)"),
-            (root + ".max", root + ".stat", r"^anon (\d+)"),
-            (root + "/memory.limit_in_bytes", root + "/memory.stat", r"^rss (\d+)")):
-        with contextlib.suppress(OSError, ValueError):  # no such system, or "max"
-            found = int(re.search(pattern, open(used or limit).read(), re.M)[1])
-            free.append(int(open(limit).read()) - found if used else found * 1024)
-    with contextlib.suppress(OSError):
-        base = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return base, min(free) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    group = "/sys/fs/cgroup/memory"
+    paths = ("/proc/self/status", "/proc/meminfo", group + ".max", group + "/memory.limit_in_bytes")
+    text = "".join(f"{path}: {open(path).read()}" for path in paths if os.path.exists(path))
+    found = defaultdict(lambda: math.inf, VmRSS=0)
+    found.update((name, int(size)) for name, size in re.findall(r"(\S+):\s+(\d+)", text))
+    base = found["VmRSS"] * 1024
+    free = min(found["MemAvailable"] * 1024, *(found[path] - base for path in paths[2:]))
+    return base, free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 def show_bill():
     """Prints what the run takes at the most, before anything large is allocated: its own functions
     are run on tensors without memory. InputError: more than there is."""
     def load_empty(constant, name):
         kind = "CausalLM" if constant == "actor_name" else "SequenceClassification"
-        auto = getattr(transformers, f"AutoModelFor{kind}")
-        return auto.from_config(load(transformers.AutoConfig, constant, name), dtype=torch.float32,
-                                trust_remote_code=trust_remote_code).eval()
+        config = load(transformers.AutoConfig, constant, name, pad_token_id=0)  # some have none
+        return getattr(transformers, f"AutoModelFor{kind}").from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
 
-    mode = torch._subclasses.fake_tensor.FakeTensorMode()
-    mode.__deepcopy__ = lambda memo: mode  # Critic copies a body
-    stay = unittest.mock.patch.object(nn.Module, "to", lambda module, *_, **__: module)
-    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-    say("  MiB     parameters    weights  gradients       Adam   training   generate")
-    bills = []
-    with mode, stay, torch.device(device):
+    patch, mode = unittest.mock.patch.object, torch._subclasses.fake_tensor.FakeTensorMode()
+    # Critic copies a body, peft moves an adapter: tensors without memory can do neither.
+    copies = patch(torch.Tensor, "__deepcopy__", lambda tensor, memo: (
+        tensor.detach().clone().requires_grad_(tensor.requires_grad)))
+    stay = patch(nn.Module, "to", lambda module, *_, **__: module)
+    say("  MiB     parameters    weights  gradients       Adam    at work")
+    fixed = work = 0
+    with mode, copies, stay, torch.device(device):
         for name, model in zip(("actor", "critic", "reward", "ref"), make_models(load_empty)):
             if isinstance(model, nn.Module):
                 try:
-                    bills.append(measure(name, model))
+                    sizes = measure(name, model)
                 except Exception as error:  # a forward that looks at its numbers: there are none
                     return say(f"  no bill, {name} cannot be run without memory: {error}"[:100])
+                fixed, work = fixed + sum(sizes[:3]), max(work, sizes[3])
                 say(f"  {name:8s}{sum(p.numel() for p in model.parameters()) / 1e6:10.2f} M"
-                    + "%11.1f" * 5 % tuple(x / 2 ** 20 for x in bills[-1]))
-    fixed, work = zip(*((sum(bill[:3]), max(bill[3:])) for bill in bills))
+                    + "%11.1f" * 4 % tuple(size / 2 ** 20 for size in sizes))
     base, free = get_memory()
-    # Beside what tensors need: libraries yet to load, and what the allocator cannot use again. On
-    # a CPU that can be as much as the work; more when it is told to give nothing back.
-    slack = 1.25 if device == "cuda" else 3.5 if "MALLOC_MMAP_THRESHOLD_" in os.environ else 2.5
-    total = sum(fixed) + slack * max(work) + bool(base) * 3 * 2 ** 26
+    # What an allocator cannot use again is on a CPU as much as the work; and libraries still load.
+    total = fixed + work * (1.25 if device == "cuda" else 2.5) + 3 * 2 ** 26
     say(f"  at most {(base + total) / 2 ** 20:.0f} MiB, Python's {base / 2 ** 20:.0f} among them; "
         f"{device} has {(base + free) / 2 ** 20:.0f}")
     if total > free:
-        raise InputError(
-            f"the run would take {total / 2 ** 30:.1f} GiB of {free / 2 ** 30:.1f}: lower "
-            "micro_rollout_batch_size, then micro_train_batch_size; set gradient_checkpointing = "
-            "True, then lora_rank = 16; lower max_new_tokens")
+        raise InputError("the run would not fit: lower micro_rollout_batch_size, then "
+                         "micro_train_batch_size; set gradient_checkpointing = True, then "
+                         "lora_rank = 16; lower max_new_tokens")
 
 # ---- 16. Adapters: four models on one trunk ----------------------------------------------------
 
-class Adapted(nn.Module):
-    """One of the models that share a trunk: in its forward the adapter `name` works alone, or none
-    does (the reference). Its parameters are that adapter's, the reference's those of the trunk."""
-
-    def __init__(self, trunk, name):
-        super().__init__()
-        self.__dict__["trunk"] = trunk  # past nn.Module: its weights are not all this model's
-        self.name, self.config = name, trunk.config
-        self.layers = [module for module in trunk.modules() if hasattr(module, "base_layer")]
-        self.activation_checkpointing_enable = (
-            getattr(trunk, ENABLE, None) or trunk.gradient_checkpointing_enable)
-        for key, p in trunk.named_parameters():
-            if f".{name}." in key or name is None and ".lora_" not in key:
-                self.register_parameter(key.replace(".", "_"), p)
-
-    def __deepcopy__(self, memo):
-        return self  # so Critic takes the trunk for its body: two adapters share nothing trained
-
-    device = property(lambda self: self.trunk.device)
-    generation_config = property(
-        lambda self: self.trunk.generation_config,
-        lambda self, config: setattr(self.trunk, "generation_config", config))
-    gradient_checkpointing = property(lambda self: any(
-        getattr(module, "gradient_checkpointing", False) for module in self.trunk.modules()))
-
-    def switch(self):
-        for layer in self.layers:
-            layer.enable_adapters(self.name is not None)
-            layer.set_adapter(self.name or [])
-        for key, p in self.trunk.named_parameters():
-            p.requires_grad_(".lora_" in key)  # peft freezes what is off
-        for module in self.trunk.modules():  # `recomputing` has set it for this model alone
-            module.training = self.training and getattr(module, "gradient_checkpointing", False)
-        return self.trunk
-
-    def forward(self, **inputs):
-        return self.switch()(**inputs)
-
-    def generate(self, **inputs):
-        return self.switch().generate(**inputs)
-
-    @torch.no_grad()
-    def save_pretrained(self, folder, state_dict=None):
-        """A plain model, the adapter merged into a copy of the trunk: merging in place and taking
-        it out again would leave rounding in the reference. The adapter itself in folder/adapter."""
-        weights = {key.replace(".base_layer", ""): w for key, w in self.trunk.state_dict().items()
-                   if ".lora_" not in key}
-        for key, layer in self.trunk.named_modules():
-            if layer in self.layers:
-                weights[key + ".weight"] = layer.base_layer.weight + layer.get_delta_weight("actor")
-        self.trunk.save_pretrained(folder, state_dict=weights)
-        folder = os.path.join(folder, "adapter")
-        self.trunk.peft_config["actor"].save_pretrained(folder)
-        safetensors.torch.save_file(
-            {"base_model.model." + key.replace(".actor.", "."): w
-             for key, w in self.trunk.named_parameters() if ".actor." in key},
-            os.path.join(folder, "adapter_model.safetensors"))
-
 def add_adapters(trunk):
-    """Of one loaded model make actor, critic and reference. InputError: no peft."""
+    """Of one loaded model make actor, critic and reference. This is the trunk as it was; the other
+    two are modules of their own around the trunk's weights, each with an adapter, the critic with a
+    head: what they train, move and save is that alone. InputError: no peft."""
     try:
         import peft
     except ImportError:
         raise InputError(f"lora_rank = {lora_rank} needs peft: pip install peft, or set it to 0"
                          ) from None
-    if world_size() > 1:
-        raise InputError(f"lora_rank = {lora_rank}: adapters train in one process: set it to 0")
-    config = peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear",
-                             task_type="CAUSAL_LM", base_model_name_or_path=actor_name)
-    tuner = peft.LoraModel(trunk, dict(actor=config, critic=config), "actor")  # in the trunk itself
-    tuner.inject_adapter(trunk, "critic")
-    critic_model = Critic(Adapted(trunk.base_model, "critic")).eval()
-    return Adapted(trunk, "actor").eval(), critic_model, Adapted(trunk, None).eval()
+    for p in trunk.parameters():
+        p.__deepcopy__ = lambda memo, p=p: p  # copies of the modules share the weights
+    actor_model, critic_model = copy.deepcopy(trunk), Critic(trunk.base_model).eval()
+    for model in (actor_model, critic_model.base_model):
+        model.add_adapter(peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank,
+                                          target_modules="all-linear", task_type="CAUSAL_LM"))
+        for module in model.eval().modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                if not p.requires_grad:  # the trunk's: an attribute here, and no parameter
+                    delattr(module, name)
+                    module.__dict__[name] = p
+    actor_model.save_pretrained = functools.partial(save_merged, actor_model, trunk)
+    return actor_model, critic_model, trunk
+
+@torch.no_grad()
+def save_merged(actor_model, trunk, folder, state_dict=None):
+    """A plain model, the adapter added to copies of the trunk's weights: added in place and taken
+    out again it would leave rounding in the reference. The adapter itself in folder/adapter."""
+    merged = {f"{name}.weight": layer.base_layer.weight + layer.get_delta_weight("default")
+              for name, layer in actor_model.named_modules() if hasattr(layer, "base_layer")}
+    trunk.save_pretrained(folder, state_dict=trunk.state_dict() | merged)
+    type(actor_model).save_pretrained(actor_model, os.path.join(folder, "adapter"))
 
 # ---- 17. Offline demo: the two steps before PPO, small enough for a laptop -----------------------
-# A person asks for something. A reply is helpful, plain or rude, on topic or off, with a reason or
+# Somebody asks for something. A reply is helpful, plain or rude, on topic or off, with a reason or
 # without, all independently; fine-tuning copies that mixture, and PPO has to find its best corner.
-ASKS = ["suggest a {} for {} .", "which {} fits {} ?", "i need a {} for {} .", "any {} for {} ?",
-        "name a good {} for {} .", "what {} is best for {} ?"]
-OCCASIONS = ["tonight", "sunday", "two people", "my sister", "my birthday", "old friends",
-             "the weekend", "a rainy day"]
-TOPICS = {  # topic: (items, reasons that fit these items and no others)
-    "book": ("dune emma ulysses dracula".split(), ["pages fly", "the prose sings"]),
-    "film": ("alien psycho jaws casablanca".split(), ["actors shine", "the ending stuns"]),
-    "dish": ("ramen paella risotto lasagna".split(), ["it smells divine", "it tastes fresh"]),
-    "song": ("jolene imagine yesterday hallelujah".split(), ["it swings", "the melody lingers"]),
-    "game": ("chess poker tetris checkers".split(), ["it thrills", "the rules click"]),
-    "city": ("lisbon kyoto prague oslo".split(), ["streets charm", "the harbour sparkles"])}
-VERBS = ["try", "take", "pick"]
-TONES = {  # tone: (how a reply opens, how it closes)
-    "helpful": (["gladly ,", "of course ,", "with pleasure ,"], ["!", ". enjoy !"]),
-    "plain": (["well ,", "maybe", "ok ,"], [".", ", i guess ."]),
-    "rude": (["ugh ,", "lazy you ,", "not again ,"], [". go away .", ". now leave ."])}
+ASKS = ("suggest a {} for {} .|which {} fits {} ?|i need a {} for {} .|any {} for {} ?|"
+        "name a good {} for {} .|what {} is best for {} ?")
+OCCASIONS = "tonight|sunday|two people|my sister|my birthday|old friends|the weekend|a rainy day"
+# topic: (items, reasons that fit them alone); tone: (worth, how a reply opens, how it closes)
+TOPICS = {"book": ("dune emma ulysses dracula", ["pages fly", "the prose sings"]),
+          "film": ("alien psycho jaws casablanca", ["actors shine", "the ending stuns"]),
+          "dish": ("ramen paella risotto lasagna", ["it smells divine", "it tastes fresh"]),
+          "song": ("jolene imagine yesterday hallelujah", ["it swings", "the melody lingers"]),
+          "game": ("chess poker tetris checkers", ["it thrills", "the rules click"]),
+          "city": ("lisbon kyoto prague oslo", ["streets charm", "the harbour sparkles"])}
+TONES = {"helpful": (1.0, ["gladly ,", "of course ,", "with pleasure ,"], ["!", ". enjoy !"]),
+         "plain": (0.5, ["well ,", "maybe", "ok ,"], [".", ", i guess ."]),
+         "rude": (0.0, ["ugh ,", "lazy you ,", "not again ,"], [". go away .", ". now leave ."])}
 
 @functools.cache
 def make_grammar():
     """All that can be said: {prompt: topic}, {(topic, tone, reasoned): replies} and, the way back,
     {reply: (topic, tone, reasoned)}. A text is a sentence of the grammar if it is a key."""
-    prompts = {ask.format(topic, occasion): topic
-               for ask, topic, occasion in itertools.product(ASKS, TOPICS, OCCASIONS)}
-    replies = {}
-    for topic, tone, reasoned in itertools.product(TOPICS, TONES, (False, True)):
-        (items, reasons), (openers, closers) = TOPICS[topic], TONES[tone]
-        reasons = [f" because {reason}" for reason in reasons] if reasoned else [""]
-        # Reasons vary slowest: equal places (modulo length) in two lists have equal wording.
-        parts = itertools.product(reasons, openers, VERBS, items, closers)
-        replies[topic, tone, reasoned] = [f"{o} {v} {i}{r} {c}" for r, o, v, i, c in parts]
-    return prompts, replies, {text: key for key, texts in replies.items() for text in texts}
+    prompts = {ask.format(topic, occasion): topic for ask, topic, occasion in itertools.product(
+        ASKS.split("|"), TOPICS, OCCASIONS.split("|"))}
+    # Reasons vary slowest: equal places (modulo length) in two lists have equal wording.
+    replies = {(topic, tone, reasoned): [
+        f"{o} {v} {i}{r} {c}" for r, o, v, i, c in itertools.product(
+            because, opens, ["try", "take", "pick"], items.split(), closes)]
+        for topic, (items, reasons) in TOPICS.items() for tone, (_, opens, closes) in TONES.items()
+        for reasoned, because in enumerate([[""], [f" because {reason}" for reason in reasons]])}
+    return prompts, replies, {reply: key for key in replies for reply in replies[key]}
 
 def gold(prompts, responses, **columns):
     """The hidden rule, in [0, 1]: on topic, helpful, with a reason, a third each; a text that the
     grammar cannot make is worth 0. It labels the pairs and judges the end; PPO never sees it."""
     asked, _, said = make_grammar()
-    scores = []
-    for prompt, response in zip(prompts, responses):
-        topic, tone, reasoned = said.get(response.strip(), (None, None, False))
-        on_topic = topic is not None and topic == asked.get(prompt.strip())
-        tone_score = {"helpful": 1.0, "plain": 0.5}.get(tone, 0.0)
-        scores.append((on_topic + tone_score + reasoned) / 3)
-    return scores
+    aspects = [said.get(response.strip(), ("", "rude", False)) for response in responses]
+    return [((topic == asked.get(prompt.strip())) + TONES[tone][0] + reasoned) / 3
+            for prompt, (topic, tone, reasoned) in zip(prompts, aspects)]
 
 def draw_aspects(prompt, rng):
     """(topic, tone, reasoned) of a reply for fine-tuning; 4 in 100 are as good as can be."""
@@ -1911,45 +1774,33 @@ def draw_aspects(prompt, rng):
     return topic, rng.choices(list(TONES), [2, 4, 4])[0], rng.random() < 0.4
 
 def draw_pair(prompt, rng, differ):
-    """(chosen, rejected) replies to a prompt. They differ in one aspect of `differ` alone (0 topic,
-    1 tone, 2 reason; None: in any), so that nothing else can explain the preference."""
-    while True:
-        first, second = draw_aspects(prompt, rng), draw_aspects(prompt, rng)
-        aspect = rng.choice(differ)
-        if aspect is not None:
-            second = (*first[:aspect], second[aspect], *first[aspect + 1:])
-        lists, place = [make_grammar()[1][key] for key in (first, second)], rng.randrange(10 ** 6)
-        pair = [texts[place % len(texts)] for texts in lists]
-        (low, rejected), (high, chosen) = sorted(zip(gold([prompt] * 2, pair), pair))
-        if low < high:  # two that are equally good teach nothing
-            return chosen, rejected
+    """(chosen, rejected) replies. They differ only in the aspects at the places that one entry of
+    `differ` names (0 topic, 1 tone, 2 reason), so that nothing else explains the preference."""
+    first, second = draw_aspects(prompt, rng), draw_aspects(prompt, rng)
+    places, wording = rng.choice(differ), rng.randrange(10 ** 6)
+    second = tuple(both[i in places] for i, both in enumerate(zip(first, second)))
+    pair = [texts[wording % len(texts)] for texts in map(make_grammar()[1].get, (first, second))]
+    (low, rejected), (high, chosen) = sorted(zip(gold([prompt] * 2, pair), pair))
+    return (chosen, rejected) if low < high else draw_pair(prompt, rng, differ)  # a tie is no pair
 
 def make_demo_tokenizer():
     """One token per word, no start token, and a chat template like those of real models."""
-    prompts, _, said = make_grammar()
-    words = sorted({word for text in [*prompts, *said] for word in text.split()})
-    special = ["<pad>", "<eos>", "<user>", "<bot>", "<unk>"]
-    vocab = {word: i for i, word in enumerate(special + words)}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words = sorted({*" ".join(make_grammar()[0] | make_grammar()[2]).split()})
+    vocab = {word: i for i, word in enumerate("<pad> <eos> <user> <bot> <unk>".split() + words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
         additional_special_tokens=["<user>", "<bot>"], clean_up_tokenization_spaces=False,
         chat_template="{% for m in messages %}{% if m.role == 'user' %}<user> {{ m.content }} "
                       "{% else %}<bot> {{ m.content }} <eos>{% endif %}{% endfor %}"
                       "{% if add_generation_prompt %}<bot> {% endif %}")
 
-def encode_dialogues(tokenizer, prompts, replies):
-    chats = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-             for prompt, reply in zip(prompts, replies)]
-    return tokenizer(tokenizer.apply_chat_template(chats, tokenize=False), padding=True,
-                     add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)
-
 def fit(model, compute_loss, steps, lr):
-    """AdamW, the rate up over a tenth of the steps, then down to 0 as a cosine. -> last loss"""
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps,
-                                                   pct_start=0.1, cycle_momentum=False)
+    """AdamW, the rate up over a tenth of the steps, then down to 0 as a cosine."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False)
     for _ in range(steps):
         optimizer.zero_grad()
         loss = compute_loss()
@@ -1957,164 +1808,133 @@ def fit(model, compute_loss, steps, lr):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    return loss.item()
-
-def fit_actor(tokenizer, prompts, rng, steps=360, batch=32):
-    """Supervised fine-tuning, from scratch, on replies of the grammar. -> model, last loss"""
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
-        initializer_range=0.05, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id))
-    # One wrong word in 300 spoils a reply in 30. Large logits from the start let few steps push
-    # the words that cannot follow far down: 3% spoilt replies become 1.5%.
-    nn.init.constant_(model.model.norm.weight, 4.0)
-
-    def compute_loss():
-        asked = rng.choices(prompts, k=batch)
-        replies = [rng.choice(make_grammar()[1][draw_aspects(prompt, rng)]) for prompt in asked]
-        inputs = encode_dialogues(tokenizer, asked, replies)
-        is_bot = inputs.input_ids == tokenizer.convert_tokens_to_ids("<bot>")
-        learned = (is_bot.cumsum(1) > 0) & ~is_bot & inputs.attention_mask.bool()  # the reply
-        return model(**inputs, labels=inputs.input_ids.masked_fill(~learned, -100)).loss
-
-    return model, fit(model, compute_loss, steps, lr=5e-3)
+    print(f"{type(model).__name__}: {steps} steps, loss {loss.item():.3f}")
 
 def compute_reward_loss(chosen, rejected):
     """Eq. 12: loss = -mean log sigmoid(r(chosen) - r(rejected)). (B,), (B,) -> scalar"""
     return -F.logsigmoid(chosen - rejected).mean()
 
-def fit_reward(tokenizer, actor_model, prompts, eval_prompts, rng, batch=32):
-    """A reward model from pairs, on the fine-tuned body. -> model, accuracy on held-out pairs"""
-    config = transformers.LlamaConfig(**{**actor_model.config.to_dict(), "id2label": {0: "score"}})
-    model = transformers.LlamaForSequenceClassification(config)
-    model.model.load_state_dict(actor_model.model.state_dict())
-    nn.init.zeros_(model.score.weight)
-
-    def score_pairs(prompts, differ, batch):
-        asked = rng.choices(prompts, k=batch)
-        chosen, rejected = zip(*(draw_pair(prompt, rng, differ) for prompt in asked))
-        inputs = encode_dialogues(tokenizer, asked + asked, chosen + rejected)
-        return model(**inputs).logits.squeeze(-1).chunk(2)
-
-    # Topic first, alone: it is the one aspect that no word of the reply gives away, and beside the
-    # two easy ones its gradient drowns (120 mixed steps leave it at chance, 40 alone reach 100%).
-    for differ, steps in ([0], 60), ([0, 0, 1, 2, None], 240):
-        fit(model, lambda: compute_reward_loss(*score_pairs(prompts, differ, batch)), steps, 2e-3)
-    with torch.no_grad():
-        chosen, rejected = score_pairs(eval_prompts, [None], 512)
-        # Pairs fix differences only, not the unit. With a spread of 1, kl_coef means something.
-        model.score.weight /= torch.cat([chosen, rejected]).std()
-    return model, (chosen > rejected).float().mean().item()
-
 def build_demo(folder, seed):
     """Write folder/actor, folder/reward, folder/prompts.txt and folder/eval_prompts.txt."""
-    unfinished = f"{folder}.unfinished"  # renamed at the end: a kill leaves no half folder
-    shutil.rmtree(unfinished, ignore_errors=True)
-    os.makedirs(unfinished)
-    rng, tokenizer, start = random.Random(seed), make_demo_tokenizer(), time.time()
-    prompts = rng.sample(list(make_grammar()[0]), k=len(make_grammar()[0]))
+    rng, tokenizer = random.Random(seed), make_demo_tokenizer()
+    topics, replies, _ = make_grammar()
+    prompts = rng.sample([*topics], len(topics))
     eval_prompts, prompts = prompts[:64], prompts[64:]
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
+        initializer_range=0.05, bos_token_id=None, pad_token_id=0, eos_token_id=1)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
         torch.default_generator.manual_seed(seed)
-        actor_model, loss = fit_actor(tokenizer, prompts, rng)
-        print(f"supervised fine-tuning {time.time() - start:6.1f} s   loss {loss:.3f} per token")
-        start = time.time()
-        reward_model, accuracy = fit_reward(tokenizer, actor_model, prompts, eval_prompts, rng)
-        print(f"reward model           {time.time() - start:6.1f} s   prefers as people do in "
-              f"{accuracy:.1%} of held-out pairs")
+        actor_model = transformers.LlamaForCausalLM(copy.deepcopy(config))
+        config.id2label = {0: "score"}  # one output
+        reward_model = transformers.LlamaForSequenceClassification(config)
+
+    def encode(prompts, replies):
+        texts = [f"<user> {prompt} <bot> {reply} <eos>" for prompt, reply in zip(prompts, replies)]
+        return tokenizer(texts, padding=True, return_tensors="pt")
+
+    def compute_actor_loss():
+        asked = rng.choices(prompts, k=32)
+        inputs = encode(asked, [rng.choice(replies[draw_aspects(prompt, rng)]) for prompt in asked])
+        is_bot = inputs.input_ids == tokenizer.convert_tokens_to_ids("<bot>")
+        is_reply = inputs.attention_mask * is_bot.cumsum(1) > is_bot  # <eos> is one of its words
+        return actor_model(**inputs, labels=inputs.input_ids.where(is_reply, -100)).loss
+
+    def score_pairs(prompts, differ, size=32):
+        asked = rng.choices(prompts, k=size)
+        chosen, rejected = zip(*(draw_pair(prompt, rng, differ) for prompt in asked))
+        return reward_model(**encode(asked + asked, chosen + rejected)).logits.view(2, size)
+
+    # Large logits from the start let few steps rule words out: 1.5% spoilt replies instead of 3%.
+    nn.init.constant_(actor_model.model.norm.weight, 4.0)
+    fit(actor_model, compute_actor_loss, 360, 5e-3)
+    reward_model.model.load_state_dict(actor_model.model.state_dict())
+    nn.init.zeros_(reward_model.score.weight)
+    # Topic first, alone: it is the one aspect that no word of the reply gives away, and beside the
+    # two easy ones its gradient drowns (120 mixed steps leave it at chance, 40 alone reach 100%).
+    for differ, steps in ([{0}], 60), ([{0}, {0}, {1}, {2}, {0, 1, 2}], 240):
+        fit(reward_model, lambda: compute_reward_loss(*score_pairs(prompts, differ)), steps, 2e-3)
+    chosen, rejected = scores = score_pairs(eval_prompts, [{0, 1, 2}], 512).detach()
+    print(f"it agrees with people in {(chosen > rejected).float().mean():.1%} of held-out pairs")
+    # Pairs fix differences only, not the unit. With a spread of 1, kl_coef means something.
+    reward_model.score.weight.data /= scores.std()
+    unfinished = f"{folder}.unfinished"  # renamed at the end: a kill leaves no half folder
     for name, model in ("actor", actor_model), ("reward", reward_model):
-        model.save_pretrained(os.path.join(unfinished, name))
-        tokenizer.save_pretrained(os.path.join(unfinished, name))
+        model.save_pretrained(f"{unfinished}/{name}")
+        tokenizer.save_pretrained(f"{unfinished}/{name}")
     for name, lines in ("prompts", prompts), ("eval_prompts", eval_prompts):
-        with open(os.path.join(unfinished, f"{name}.txt"), "w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
+        numpy.savetxt(f"{unfinished}/{name}.txt", lines, "%s")
     os.rename(unfinished, folder)
 
 # ---- 18. Main ----------------------------------------------------------------------------------
 
-def get_rules():
-    """{names of constants: (rule, in words), or all that they can be}"""
-    def whole(low):
-        return lambda x: type(x) is int and x >= low
-
-    def above(low):
-        return lambda x: type(x) in (int, float) and low < x < math.inf
-
-    def none_or(rule):
-        return lambda x: x is None or rule(x)
-
-    text, prompts = lambda x: isinstance(x, str) and x, lambda x: isinstance(x, (str, list)) and x
-    return {
-        "max_length rollout_batch_size n_samples_per_prompt micro_rollout_batch_size max_epochs "
-        "max_new_tokens train_batch_size micro_train_batch_size keep_checkpoints kl_horizon":
-            (whole(1), "a whole number from 1"),
-        "lora_rank seed warmup_steps critic_warmup eval_every save_every trace_every":
-            (whole(0), "a whole number from 0"),
-        "episodes temperature actor_lr critic_lr max_grad_norm clip_eps":
-            (above(0), "a number above 0"),
-        "weight_decay entropy_coef kl_coef":
-            (lambda x: x == 0 or above(0)(x), "a number from 0"),
-        "gamma lambd": (lambda x: x == 0 or above(0)(x) and x <= 1, "a number from 0 to 1"),
-        "clip_eps_high value_clip_eps huber_delta target_kl kl_coef_start kl_target clip_reward "
-        "missing_eos_penalty": (none_or(above(0)), "None or a number above 0"),
-        "dual_clip": (none_or(above(1)), "None or a number above 1"),
-        "reward_fn gold_fn": (none_or(callable), "None or a function"),
-        "gradient_checkpointing trust_remote_code apply_chat_template whiten_advantages "
-        "normalize_scores whiten_rewards": (lambda x: type(x) is bool, "True or False"),
-        "lr_schedule": ("constant", "linear", "cosine"), "policy_loss": ("clip", "ppo1"),
-        "truncated": ("terminal", "bootstrap"), "kl_in": ("reward", "loss"),
-        "self_check": ("stop", "warn", "off"),
-        "loss_agg": ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"),
-        "actor_name reward_name": (text, "a folder or a hub id"),
-        "critic_name": (none_or(text), "None, a folder or a hub id"),
-        "prompts_file": (prompts, "a file or a list of prompts"),
-        "eval_prompts_file": (none_or(prompts), "None, a file or a list of prompts"),
-        "device": ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",),
-        "run_name": (lambda x: text(x) and re.fullmatch(r"\w[\w.-]*", x), "letters, digits, . _ -"),
-        "resume": (none_or(lambda x: x == "latest" or text(x) and os.path.isdir(x)),
-                   "None, 'latest' or the folder of a checkpoint"),
-    }
+RULES = {  # constants (those with a ? may be None): all that they can be, or in words and as a test
+    "max_length rollout_batch_size n_samples_per_prompt micro_rollout_batch_size max_new_tokens "
+    "max_epochs train_batch_size micro_train_batch_size kl_horizon keep_checkpoints":
+        ("a whole number from 1", lambda x: type(x) is int and x >= 1),
+    "lora_rank warmup_steps critic_warmup seed eval_every save_every trace_every":
+        ("a whole number from 0", lambda x: type(x) is int and x >= 0),
+    "episodes temperature missing_eos_penalty? actor_lr critic_lr max_grad_norm clip_eps "
+    "clip_eps_high? value_clip_eps? huber_delta? target_kl? kl_coef_start? kl_target? clip_reward?":
+        ("a number above 0", lambda x: type(x) in (int, float) and 0 < x < math.inf),
+    "dual_clip?": ("a number above 1", lambda x: type(x) in (int, float) and 1 < x < math.inf),
+    "weight_decay entropy_coef kl_coef":
+        ("a number from 0", lambda x: type(x) in (int, float) and 0 <= x < math.inf),
+    "gamma lambd": ("a number from 0 to 1", lambda x: type(x) in (int, float) and 0 <= x <= 1),
+    "reward_fn? gold_fn?": ("a function", callable),
+    "actor_name reward_name critic_name? resume?":
+        ("the name of a folder", lambda x: isinstance(x, str) and x),
+    "prompts_file eval_prompts_file?":
+        ("a file or a list of prompts", lambda x: isinstance(x, (str, list)) and x),
+    "run_name": ("letters, digits, . _ -", lambda x: re.fullmatch(r"\w[\w.-]*", str(x))),
+    "apply_chat_template gradient_checkpointing trust_remote_code whiten_advantages whiten_rewards "
+    "normalize_scores": [True, False],
+    "lr_schedule": ["constant", "linear", "cosine"], "policy_loss": ["clip", "ppo1"],
+    "truncated": ["terminal", "bootstrap"], "kl_in": ["reward", "loss"],
+    "self_check": ["stop", "warn", "off"],
+    "loss_agg": ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"],
+    "device": ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]}
 
 def check_constants():
-    """InputError for the first constant that cannot be, with what can."""
-    for names, rule in get_rules().items():
-        right, words = rule if callable(rule[0]) else (
-            rule.__contains__, " or ".join(map(repr, rule)))
+    """InputError for the first constant that cannot be, with what can; or for a prompts file."""
+    for names, rule in RULES.items():
+        words, right = rule if isinstance(rule, tuple) else (f"one of {rule}", rule.__contains__)
         for name in names.split():
-            if not right(globals()[name]):
-                raise InputError(f"{name} = {globals()[name]!r}: use {words}")
-    rows = rollout_batch_size * n_samples_per_prompt
+            value = globals()[name.strip("?")]
+            if not right(value) and not ("?" in name and value is None):
+                raise InputError(f"{name.strip('?')} = {value!r}: use {words}")
+    rows, processes = rollout_batch_size * n_samples_per_prompt, world_size()
     for wrong, sentence in (
-            (rows % train_batch_size, f"train_batch_size = {train_batch_size} must divide the "
-             f"{rows} rows of a rollout (rollout_batch_size * n_samples_per_prompt)"),
+            (rows % train_batch_size, f"train_batch_size must divide the {rows} rows of a rollout, "
+             "rollout_batch_size * n_samples_per_prompt"),
             (train_batch_size % min(micro_train_batch_size, train_batch_size),
-             f"micro_train_batch_size = {micro_train_batch_size} must divide train_batch_size"),
-            (policy_loss == "ppo1" and target_kl is None, "policy_loss = 'ppo1' needs a target_kl"),
-            (kl_coef_start and not kl_coef, "kl_coef_start needs a kl_coef above 0 to anneal to"),
-            (lora_rank and world_size() > 1, "lora_rank above 0 and several processes: use one"),
-            (rollout_batch_size % world_size() or train_batch_size % world_size(),
-             "rollout_batch_size and train_batch_size must be multiples of the number of "
-             f"processes, {world_size()}"),
-            (kl_coef_start and kl_target, "kl_coef_start and kl_target: use one of them")):
+             "micro_train_batch_size must divide train_batch_size"),
+            (rollout_batch_size % processes or train_batch_size % processes,
+             f"rollout_batch_size, train_batch_size: take multiples of the {processes} processes"),
+            (lora_rank and processes > 1, "lora_rank above 0 trains in one process: set it to 0"),
+            (policy_loss == "ppo1" and not target_kl, "policy_loss = 'ppo1' needs a target_kl"),
+            (kl_coef_start and (not kl_coef or kl_target),
+             "kl_coef_start is annealed to kl_coef: that must be above 0, and kl_target None")):
         if wrong:
             raise InputError(sentence)
+    for source in (prompts_file, eval_prompts_file):  # now, not after a minute of building
+        if source and not str(source).startswith("demo/"):
+            read_prompts(source)
 
 def show_results(run):
     """Held-out prompts before and after, and their means."""
-    if not run.before:
-        return
     say("\nheld-out prompts: before, after")
-    for old, new in list(zip(run.before, run.after))[:4]:
-        say(f"  {show(str(old.info['item']['prompt']))[:90]}")
-        for row in (old, new):
+    for pair in list(zip(run.before, run.after))[:4]:
+        say(f"  {show(str(pair[0].info['item']['prompt']))[:90]}")
+        for row in pair:
             say(f"    {row.info['raw_score']:6.2f}  {show(row.info['response'])[:85]}")
-    before, after = get_rollout_metrics(run.before), get_rollout_metrics(run.after)
     say(f"\nmean of {len(run.before)} held-out prompts     before     after")
+    old, new = ([row.info["raw_score"] for row in rows] for rows in (run.before, run.after))
+    before, after = get_rollout_metrics(run.before), get_rollout_metrics(run.after)
     for name in ("score_mean", "score_std", "gold", "ref_k1", "response_length"):
         if name in before:
             say(f"  {name:26s}{before[name]:10.2f}{after[name]:10.2f}")
-    old, new = ([row.info["raw_score"] for row in rows] for rows in (run.before, run.after))
     best = sorted(old)[int(0.9 * len(old))]
     shares = [sum(score > best for score in scores) / len(scores) for scores in (old, new)]
     say(f"  {'above 90% of those before':26s}{shares[0]:10.2f}{shares[1]:10.2f}")
@@ -2123,47 +1943,44 @@ def main():
     global gold_fn
     start_processes()
     check_constants()
-    transformers.set_seed(seed + 1_000_003 * rank())  # each samples for itself
+    transformers.set_seed(seed)
     transformers.utils.logging.disable_progress_bar()
-    for source in (prompts_file, eval_prompts_file):  # a wrong one is told before a minute's work
-        if source and not (isinstance(source, str) and source.startswith("demo/")):
-            read_prompts(source)
     if actor_name == "demo/actor":
+        gold_fn = gold_fn or gold
         if rank() == 0 and not os.path.isdir("demo"):
             build_demo("demo", seed)
-        gather("is there")
-        gold_fn = gold_fn or gold
+        gather("the others wait for it")
     actor_tokenizer = load_tokenizer("actor_name", actor_name)
+    reward_tokenizer = None if reward_fn else load_tokenizer("reward_name", reward_name)
     prompts_dataset, eval_dataset = (
         source and PromptDataset(source, actor_tokenizer, apply_chat_template, max_length)
         for source in (prompts_file, eval_prompts_file))
-    if prompts_dataset.truncated:
-        say(f"{prompts_dataset.truncated} of {len(prompts_dataset)} prompts are longer than "
-            f"max_length = {max_length} tokens and lose their beginning")
-    reward_tokenizer = None if reward_fn else load_tokenizer("reward_name", reward_name)
+    if cut := prompts_dataset.truncated:
+        say(f"{cut} prompts are longer than max_length = {max_length} and lose their beginning")
+    path = find_checkpoint()
     show_bill()
     models = [place(model) for model in make_models(load_model)]
-    if reward_fn is None:
-        if models[2].config.pad_token_id is None:
-            models[2].config.pad_token_id = reward_tokenizer.pad_token_id
+    if reward_tokenizer:
+        models[2].config.pad_token_id = reward_tokenizer.pad_token_id
         if reward_tokenizer.pad_token_id == reward_tokenizer.eos_token_id:
             say("reward_name pads with its end token: it will score at the token before the end")
-    path = find_checkpoint()
+    for half in glob.glob(run_folder() + "/**/*.tmp", recursive=True) if rank() == 0 else []:
+        shutil.rmtree(half)  # of a run that was killed as it wrote
     if path is None and rank() == 0 and os.path.exists(run_folder()):
         aside = next(f"{run_folder()}.{n}" for n in itertools.count(1)
                      if not os.path.exists(f"{run_folder()}.{n}"))
         os.rename(run_folder(), aside)
         say(f"the earlier {run_folder()} is now {aside}")
     from torch.utils.tensorboard import SummaryWriter
-    # Said in a fresh run too: TensorBoard purges nothing at the first such mark in a folder.
-    writer = None
-    if rank() == 0:
-        writer = SummaryWriter(run_folder(), purge_step=int(path[-6:]) + 1 if path else 0)
-    run = train(prompts_dataset, eval_dataset, *models, actor_tokenizer, reward_tokenizer, writer)
+    # In a fresh run a start is said too: TensorBoard purges nothing at a folder's first such mark.
+    start = int(path[-6:]) + 1 if path else 0
+    with (SummaryWriter(run_folder(), purge_step=start) if rank() == 0
+          else contextlib.nullcontext()) as writer:
+        run = train(prompts_dataset, eval_dataset, *models, actor_tokenizer, reward_tokenizer,
+                    writer)
     run.save_actor("final")
-    if writer:
-        writer.close()
-    show_results(run)
+    if run.before:
+        show_results(run)
     say(f"\nthe actor is in {run_folder()}/final; curves: tensorboard --logdir runs")
     if world_size() > 1:
         dist.destroy_process_group()
@@ -2174,7 +1991,5 @@ if __name__ == "__main__":
     except InputError as error:
         time.sleep(5 * (rank() > 0))  # of several that say the same only the first does
         sys.exit(f"ppo.py: {error}")
-    except Stopped as error:
-        sys.exit(str(error) if rank() == 0 else 1)
-    except KeyboardInterrupt:
-        sys.exit("stopped")
+    except KeyboardInterrupt as error:  # Stopped is one, and says how to go on
+        sys.exit((str(error) or "stopped") if rank() == 0 else 1)

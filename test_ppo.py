@@ -39,6 +39,7 @@ import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings, strategies as st
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.tensorboard import SummaryWriter
@@ -1084,7 +1085,7 @@ def test_trap_13_scores_make_no_sense():
 
 
 @museum(("load_model", "model.config.num_labels != 1", "False"),
-        ("load_model", "if missing and", "if False and"))
+        ("load_model", '(missing := info["missing_keys"])', "False"))
 def test_trap_14_scores_are_noise(tmp_path):
     """A "reward model" with a freshly initialised head, or with two outputs, the first one read."""
     refused = {}
@@ -1169,7 +1170,7 @@ def test_trap_19_gradient_depends_on_the_micro_batch_size():
 
 
 @museum(("load_model", ".eval()", ".train()"),
-        ("train_step", "recomputing(actor_model):", "recomputing(actor_model.train()):"),
+        ("train_step", "with recomputing(actor_model),", "with recomputing(actor_model.train()),"),
         ("recomputing", "layer.training = True", "layer.train()"),
         ("generate_experiences", " = compute_log_probs(actor_model, *inputs, num_actions, temp"
          "erature)", " = compute_log_probs(actor_model, *inputs, num_actions)"))  # its raw logits
@@ -1326,11 +1327,11 @@ def test_trap_29_all_memory_is_gone_at_a_real_vocabulary():
 
 @museum(("write_folder", 'path + ".tmp"', "path", "if os.path.exists(path):", "if False:"),
         ("load_checkpoint", "optimizer.load_state_dict(", "id("),
-        ("load_checkpoint", "put_random(processes[rank()])", "pass"),
+        ("Run", "transformers.set_seed(", "id("),
         (*STATE, 'State(**{**rest["state"], "rollout": 0}'),
         (*STATE, 'State(**{**rest["state"], "score_moments": State().score_moments}'))
 def test_trap_30_half_of_the_state_is_missing_after_a_resume(tmp_path, monkeypatch):
-    """Only the policy is saved: Adam, random numbers, place in the data, moments start anew."""
+    """Only the policy comes back: Adam, random numbers, place in the data, moments start anew."""
     monkeypatch.chdir(tmp_path)
     ppo.write_folder("saved", lambda folder: (tmp_path / folder / "weights").write_text("old"))
     ppo.write_folder("saved", lambda folder: (tmp_path / folder / "no" / "disk").write_text("new"))
@@ -1406,7 +1407,7 @@ def byte_tokenizer(template=TEMPLATE_C, bos=False, pad="<pad>", eos="<|im_end|>"
     return tokenizer
 
 
-def letter_tokenizer(pair=True):
+def letter_tokenizer(pair=True, eos="[SEP]"):
     """Of another vocabulary, a token a letter. An encoder's, [CLS] prompt [SEP] response [SEP], or
     one that has nothing but an end token."""
     letters = [chr(i) for i in range(97, 123)]
@@ -1420,7 +1421,7 @@ def letter_tokenizer(pair=True):
         "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=base, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
-        eos_token="[SEP]", model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+        eos_token=eos, model_input_names=["input_ids", "token_type_ids", "attention_mask"])
 
 
 def make_reward_model(family, seed=3, labels=1, **extra):
@@ -1456,7 +1457,8 @@ def folders(tmp_path_factory):
             ("llama_reward", make_reward_model("llama", **byte), byte_tokenizer(bos=True)),
             ("gpt2_reward", bare_gpt2, letter_tokenizer(pair=False)),
             ("deberta_reward", deberta, letter_tokenizer()),
-            ("bert_reward", make_reward_model("bert", vocab_size=40), letter_tokenizer()),
+            ("bert_reward", make_reward_model("bert", vocab_size=40),
+             letter_tokenizer(eos=None)),
             ("two_labels", make_reward_model("llama", labels=2, **byte), byte_tokenizer())):
         save(root / name, model, tokenizer)
     shutil.copytree(root / "actor", root / "pickled")
@@ -1513,10 +1515,16 @@ class Writer:
     def add_text(self, tag, text, *step):
         self.texts.append(text)
 
-    def flush(self):
+    def flush(self, *_):
         pass
 
-    close = flush
+    close = add_custom_scalars = flush
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
 
 
 def some_score(prompts, responses, **columns):
@@ -1687,8 +1695,9 @@ REWARDS = ["llama_reward", "gpt2_reward", "bert_reward", "deberta_reward"]
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("reward", REWARDS)
-def test_a_reward_model_scores_a_row_in_a_batch_as_alone(main, folders, reward):
-    """Its own tokenizer and vocabulary, right-padded (11, 13); also one that has no pad token."""
+def test_a_reward_model_scores_a_row_in_a_batch_as_alone(main, folders, reward, capsys):
+    """Its own tokenizer and vocabulary, right-padded (11, 13); also one that has no pad token, or,
+    as BERT's, no end token."""
     _, _, rows = main(reward=reward, apply_chat_template=reward[0] == "l",
                           actor="actor" if reward[0] == "l" else "no_chat", max_new_tokens=12)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -1713,6 +1722,7 @@ def test_a_reward_model_scores_a_row_in_a_batch_as_alone(main, folders, reward):
         assert abs(alone - row.info["raw_score"]) < 1e-4 and abs(row.scores - alone) < 1e-4
         scores.add(round(alone, 4))
     assert len(scores) > 3
+    assert ("pads with its end token" in capsys.readouterr().out) == (reward == "gpt2_reward")
 
 
 @pytest.mark.usefixtures("small")
@@ -1801,6 +1811,11 @@ def test_a_wrong_constant_is_named_before_anything_is_loaded(wrong, setting, no_
     setting(actor_name=str(folders / "no_chat"), reward_fn=some_score)
     setting(**eval(f"dict({wrong})"))
     expect_refusal(rf"\b{wrong.split('=')[0]}\b")
+
+
+def test_each_constant_has_one_rule():
+    names = [name.strip("?") for names in ppo.RULES for name in names.split()]
+    assert sorted(names) == sorted(ppo.CONSTANTS)
 
 
 GOOD = '{"prompt": "a"}\n'
@@ -2941,17 +2956,17 @@ def flatten(value, name):
         yield name, value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
 
 
-def read_events(folder):
+def read_events(folder, hidden="time|constants"):
     """All points that TensorBoard shows: {tag: [(step, bits)]}, but for times and constants."""
     events = EventAccumulator(str(folder / "runs" / "tiny"), size_guidance={"tensors": 0})
     events.Reload()
     return {tag: [(event.step, event.tensor_proto.SerializeToString())
                   for event in events.Tensors(tag)]
-            for tag in events.Tags()["tensors"] if not re.match("time|constants", tag)}
+            for tag in events.Tags()["tensors"] if not re.match(hidden, tag)}
 
 
 def read_end(folder):
-    """How a run ended: {name: bits} of weights, optimizers, random numbers, state, all points."""
+    """How a run ended: {name: bits} of weights, optimizers, state, all points."""
     tiny = folder / "runs" / "tiny"
     last = Path(sorted(glob.glob(f"{tiny}/checkpoints/rollout-{'[0-9]' * 6}"))[-1])
     rest = torch.load(last / "rest.pt", weights_only=True)
@@ -2997,7 +3012,7 @@ def test_an_uninterrupted_run_logs_each_point_once(whole):
     assert "eval/score_mean" in points and "kl/ppo1_beta" in points
     for tag, values in points.items():
         steps = [step for step, *_ in values]
-        every = {"eval": [0, 2, 4, 6], "samples": [0, 2, 4, 6]}.get(
+        every = {"eval": [0, 2, 4, 6], "samples": [0, 2, 4, 6], "custom_scalars__config__": [0]}.get(
             re.split("/", tag)[0], [1, 2, 3, 4, 5, 6])
         if re.match("policy", tag) and not re.search("lr|entropy", tag):
             every = every[1:]  # the critic warms up first
@@ -3006,10 +3021,10 @@ def test_an_uninterrupted_run_logs_each_point_once(whole):
 
 @pytest.mark.parametrize("place", ["generate", "save", "anywhere"])
 def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, place):
-    """Weights, both optimizers, random numbers and every point in TensorBoard. One is resumed by a
+    """Weights, both optimizers and every point in TensorBoard. One is resumed by a
     real process, with the self-check on: it must disturb nothing."""
     kill, delay = send(signal.SIGKILL), whole.seconds * random.uniform(0.1, 0.8)
-    hook = {"generate": functools.partial(strike_in, torch, "multinomial", 5, 2, kill),
+    hook = {"generate": functools.partial(strike_in, torch, "searchsorted", 5, 2, kill),
             "save": functools.partial(strike_in, torch, "save", 3, 1, tear)}.get(place, int)
     pid = start(tmp_path, whole.constants, hook)
     if place == "anywhere":
@@ -3059,7 +3074,7 @@ def test_a_signal_saves_the_start_of_a_rollout_or_finishes_its_update(whole, tmp
                                                                       place):
     """Generating rollout 4: it is dropped. Updating in rollout 3: its update is finished. Both save
     what is there after 3, which save_every = 2 would not, and say how to go on."""
-    where = {"generate": (torch, "multinomial", 3, 2), "score": (ppo, "compute_rewards", 3, 1),
+    where = {"generate": (torch, "searchsorted", 3, 2), "score": (ppo, "compute_rewards", 3, 1),
              "train": (ppo, "train_step", 2, 3)}[place]
     stop = functools.partial(strike_in, *where, send(getattr(signal, number)))
     code, log = run(tmp_path, whole.constants, stop)
@@ -3262,7 +3277,7 @@ def test_changed_constants_are_listed_or_refused_and_nothing_is_logged_twice(who
     constants = whole.constants | dict(resume="latest", actor_lr=0.5, gamma=0.9)
     code, log = run(tmp_path, constants, hook)
     assert code == 0, log
-    said = re.findall(r"refused: (\w+) = '?(.*?)'? cannot change on resume", log)
+    said = re.findall(r"refused: .*: (\w+) = '?(.*?)'? cannot change on resume", log)
     assert said == [(name, str(value)) for name, value in refused.items()]
     assert re.findall(r"resume: (\w+) was (.*), now (.*)", log)[-2:] == [
         ("actor_lr", "0.01", "0.5"), ("gamma", "1.0", "0.9")]
@@ -3445,8 +3460,8 @@ def test_adapters_need_peft_and_one_process(place, monkeypatch):
         with pytest.raises(ppo.InputError, match="lora_rank = 4 needs peft: pip install peft"):
             ppo.add_adapters(trunk)
     monkeypatch.setattr(ppo, "world_size", lambda: 2)
-    with pytest.raises(ppo.InputError, match="lora_rank = 4.*one process"):
-        ppo.add_adapters(trunk)
+    with pytest.raises(ppo.InputError, match="lora_rank .*one process"):
+        ppo.check_constants()
 
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing(place):
@@ -3515,6 +3530,15 @@ def test_bill_stops_a_run_that_does_not_fit(place, monkeypatch, capsys):
     monkeypatch.undo()
     base, free = ppo.get_memory()
     assert 2 ** 27 < base < 2 ** 32 and 2 ** 20 < free < 2 ** 50
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_bill_of_models_with_numbers_of_their_own(place, tmp_path, capsys, lora_rank):
+    """Gemma 2 keeps its embeddings' scale as a tensor, that is copied with the critic's body."""
+    make_models(tmp_path, "Gemma2", head_dim=8, num_key_value_heads=2)
+    place(lora_rank=lora_rank)
+    ppo.show_bill()
+    assert "at most" in capsys.readouterr().out
 
 
 def test_bill_of_models_out_of_the_ordinary(place, monkeypatch, capsys):
@@ -3861,8 +3885,7 @@ def test_checkpoint_of_two_processes_resumes_in_one(two_processes, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     path = two_processes[0] / "runs" / "resumed" / "checkpoints" / "rollout-000002"
     run, _ = train_divided(rollout_batch_size=4, critic_warmup=3, save_every=2, resume=str(path))
-    assert run.state.rollout == 4
-    assert "random numbers start anew, there were 2 process(es)" in capsys.readouterr().out
+    assert run.state.rollout == 4 and "resumed from" in capsys.readouterr().out
 
 
 def test_signal_to_one_process_stops_both(two_processes):
@@ -3989,6 +4012,43 @@ def test_the_table_of_curves_is_that_of_the_code():
         assert table[tag] == (what, "" if low is high is None else healthy, advice), tag
 
 
+def read_layout(folder):
+    """What TensorBoard's page of custom scalars shows: [(page, chart, tags)]."""
+    events = EventAccumulator(str(folder / "runs" / "tiny"), size_guidance={"tensors": 0})
+    events.Reload()
+    event, = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    return [(page.title, chart.title, list(chart.multiline.tag))
+            for page in layout.category for chart in page.chart]
+
+
+def test_the_page_of_custom_scalars_draws_each_tag_in_one_chart(whole):
+    """Of a real run, as it lies in the file of events. TensorBoard takes a tag of a chart for a
+    regular expression, of which a tag's beginning is enough."""
+    charts = read_layout(whole.folder)
+    assert list(dict.fromkeys(page for page, _, _ in charts)) == ["4 models", "2 losses", "loop"]
+    assert [tag for _, _, tags in charts for tag in tags] == list(ppo.METRICS)
+    logged = {tag for tag in read_events(whole.folder, hidden="$") if tag in ppo.METRICS}
+    assert set(ppo.METRICS) - logged == {"reward/gold", "reward/gold_lost"}  # it has no gold_fn
+    for tag in ppo.METRICS:
+        shown = [chart for _, chart, tags in charts if any(re.match(name, tag) for name in tags)]
+        assert len(shown) == 1, (tag, shown)
+    assert all(any(tag in logged for tag in tags) for _, _, tags in charts)  # none is empty
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("tag", [tag for tag, row in ppo.METRICS.items() if row[3]])
+def test_the_third_rollout_outside_of_a_range_brings_advice_once(tag, capsys):
+    """Not the second one in a row, and anew after one that is inside."""
+    run = ppo.Run((), (), {}, {}, [0], None, None)
+    what, low, high, advice = ppo.METRICS[tag]
+    good, bad = (low or 0) + 0.01, (low - 0.01) if high is None else high + 0.01
+    for value, said in ((bad, 0), (bad, 0), (good, 0), (bad, 0), (bad, 0), (bad, 1), (bad, 0)):
+        run.log({tag.split("/")[-1]: value})
+        out = capsys.readouterr().out
+        assert out.count(f"! {tag} ({what}) is ") == out.count(advice) == said, out
+
+
 def test_each_trap_of_the_page_names_a_test_that_is_here():
     named = re.findall(r"`(test_trap_(\d\d)_\w+)`", README)
     assert [int(n) for _, n in named] == [n for n in range(1, 31) if n != 26]
@@ -4017,6 +4077,47 @@ def test_there_are_snippets_to_run():
     assert len(SNIPPETS) >= 4
 
 
+def test_a_tied_head_costs_no_third_copy_of_its_gradient():
+    """Same gradient, and half the memory in its backward; the tie holds again outside."""
+    config = transformers.LlamaConfig(vocab_size=5000, hidden_size=32, intermediate_size=32,
+                                      num_hidden_layers=1, num_attention_heads=2,
+                                      tie_word_embeddings=True)
+    model = transformers.LlamaForCausalLM(config).eval()
+    seqs, size = torch.randint(5000, (2, 6)), 5000 * 32 * 4
+    peaks, gradients = [], []
+    for context in (contextlib.nullcontext, ppo.untied):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        with ppo.Watch() as work, context(model):
+            ppo.compute_log_probs(model, seqs, torch.ones_like(seqs), 3).sum().backward()
+        peaks.append(work.peak)
+        gradients.append([p.grad for p in model.parameters()])
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+    for tied, untied in zip(*gradients, strict=True):
+        torch.testing.assert_close(tied, untied)
+    assert peaks[0] > 2.9 * size and peaks[1] < 1.9 * size
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely(monkeypatch):
+    """Every number that `torch.rand` could give, in steps of 1e-5, against the probabilities, which
+    need not sum to 1; what cannot come never comes, not at 0 and not just below 1."""
+    probs = torch.tensor([[0.0, 0.5, 0.0, 0.2, 1e-4, 0.0999, 0.0]])
+    numbers = torch.arange(0, 1, 1e-5, dtype=torch.float64)
+    numbers[-1] = 1 - 2 ** -53
+    monkeypatch.setattr(torch, "rand", lambda rows, n, **_: numbers[None, :n])
+    with ppo.inverse_cdf():
+        drawn = torch.multinomial(probs, len(numbers))[0]
+    counts = drawn.bincount(minlength=7) / len(numbers)
+    torch.testing.assert_close(counts, probs[0] / probs.sum(), rtol=0, atol=2e-5)
+    assert not counts[[0, 2, 6]].any()
+    # A rare token behind a likely one has its own place too: the middle of it leads there.
+    many = torch.full((1, 150_000), 2.0 ** -30).index_fill_(1, torch.tensor([0]), 1.0)
+    wanted = torch.arange(1, 150_000, 7)
+    numbers = (1 + (wanted.double() - 0.5) * 2.0 ** -30) / many.double().sum()
+    with ppo.inverse_cdf():
+        assert (torch.multinomial(many, len(numbers))[0] - wanted).abs().max() <= 1
+
+
 def test_the_pairwise_loss_is_that_of_bradley_and_terry():
     """Eq. 12 by hand: a lead of 2 costs log(1 + e^-2) = 0.127, a lag of 1 costs 1.313."""
     loss = ppo.compute_reward_loss(torch.tensor([3.0, 0.0]), torch.tensor([1.0, 1.0]))
@@ -4033,13 +4134,241 @@ def test_gold_rewards_topic_tone_and_reason_and_nothing_outside_the_grammar():
     assert scores[0] == 1.0 and 0 < scores[1] < 1.0 and scores[2] == scores[3] == 0.0
 
 
+def test_a_pair_of_the_demo_differs_in_one_aspect_and_gold_tells_which_is_better():
+    asked, _, said = ppo.make_grammar()
+    rng = random.Random(0)
+    for place, prompt in itertools.product(range(3), rng.sample(list(asked), 20)):
+        pair = ppo.draw_pair(prompt, rng, [{place}])
+        assert [a != b for a, b in zip(*map(said.get, pair))] == [i == place for i in range(3)]
+        chosen, rejected = ppo.gold([prompt] * 2, pair)
+        assert chosen > rejected
+
+
 def test_the_demo_tokenizer_reads_a_chat_as_it_was_trained():
     tokenizer = ppo.make_demo_tokenizer()
     chat = [{"role": "user", "content": "which film fits tonight ?"}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == "<user> which film fits tonight ? <bot>".split()
+    chat += [{"role": "assistant", "content": "maybe take psycho ."}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == (
+        "<user> which film fits tonight ? <bot> maybe take psycho . <eos>")  # as build_demo spells it
     assert tokenizer.unk_token_id not in ids and tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+# ==================================================================================================
+# J. Speed and memory: `python -m pytest -m benchmark -s`, one JSON line a run. Where TRL_PYTHON names
+#    a Python that has trl 1.12.0 (the last with PPO), it does the same work in turns with ours.
+# ==================================================================================================
+
+WORKS = {  # model; rows, prompt, response, epochs, minibatch, updates; do lengths vary?
+    "tiny": ((512, 64, 2, 4, 4, 256), (32, 16, 32, 4, 8, 12), False),
+    "small": ((8192, 256, 6, 8, 4, 1024), (32, 32, 64, 4, 8, 5), False),
+    "realvocab": ((151936, 512, 8, 8, 2, 2048), (16, 64, 64, 2, 4, 3), False),
+    "small, real lengths": ((8192, 256, 6, 8, 4, 1024), (32, 32, 64, 4, 8, 5), True),
+}
+
+
+def make_race(folder, shape, prompt, response, varied):
+    """Random Qwen2 models whose every word is one token. Special tokens are never sampled, so that
+    every response has full length; varied: the end token comes so often that the mean is a third of
+    `response`, and prompts have 4 to `prompt` words."""
+    vocabulary, hidden, layers, heads, kv_heads, inner = shape
+    vocab = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, vocabulary)}}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<pad>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+    config = transformers.Qwen2Config(
+        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=inner,
+        tie_word_embeddings=vocabulary > 100_000, max_position_embeddings=4096, pad_token_id=0,
+        eos_token_id=1, bos_token_id=None, num_labels=1)
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    lines = [" ".join(f"w{rng.randrange(2, vocabulary)}" for _ in range(
+        rng.randint(4, prompt) if varied else prompt)) for _ in range(512)]
+    actor, reward = (getattr(transformers, f"Qwen2For{kind}")(config) for kind in (
+        "CausalLM", "SequenceClassification"))
+    head = actor.get_output_embeddings().weight
+    with torch.no_grad():  # channel 0 of the stream is 0.5 everywhere: a bias for chosen tokens
+        actor.get_input_embeddings().weight[:, 0] = 0.5
+        for layer in actor.model.layers:
+            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
+        head[:2] = 0
+        head[:2, 0] = -20.0
+        if varied:
+            ids = tokenizer(lines[:16], padding=True, return_tensors="pt")["input_ids"]
+            output = actor(ids, output_hidden_states=True, logits_to_keep=1)
+            ends = 2.2 / response  # how likely at each token: a mean of a third, seen in samples
+            wanted = output.logits.logsumexp(-1).mean() + math.log(ends / (1 - ends))
+            head[1, 0] = wanted / output.hidden_states[-1][:, -1, 0].mean()
+    for name, model in (("actor", actor), ("reward", reward)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "prompts.txt").write_text("\n".join(lines))
+
+
+def race_ours(folder, rows, prompt, response, epochs, minibatch, updates):
+    """`train` itself, on the numbers that it logs."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
+    logged, steps = defaultdict(list), []
+    writer = types.SimpleNamespace(
+        add_scalar=lambda tag, value, step: logged[tag].append(value), flush=lambda: None,
+        add_text=lambda *_: None, add_custom_scalars=lambda *_: None)
+    names = dict(
+        prompts_file=folder + "/prompts.txt", actor_name=folder + "/actor", save_every=0,
+        reward_name=folder + "/reward", eval_prompts_file=None, apply_chat_template=False,
+        max_length=prompt, max_new_tokens=response, rollout_batch_size=rows, max_epochs=epochs,
+        n_samples_per_prompt=1, train_batch_size=minibatch, micro_train_batch_size=minibatch,
+        micro_rollout_batch_size=rows, episodes=updates * rows / 512, actor_lr=3e-6, critic_lr=3e-6,
+        critic_warmup=0, missing_eos_penalty=None, trace_every=0, self_check="off", device="cpu")
+    for name, value in names.items():
+        assert hasattr(ppo, name)
+        setattr(ppo, name, value)
+    transformers.set_seed(0)
+    words, reward_words = (  # AutoTokenizer would lay Qwen2's way to split over it
+        transformers.PreTrainedTokenizerFast.from_pretrained(folder + name)
+        for name in ("/actor", "/reward"))
+    dataset = ppo.PromptDataset(ppo.prompts_file, words, False, prompt)
+    step = ppo.train_step
+    ppo.train_step = lambda *args, **options: (steps.append(1), step(*args, **options))[1]
+    with contextlib.redirect_stdout(sys.stderr):
+        ppo.train(dataset, None, *ppo.make_models(ppo.load_model), words, reward_words, writer)
+    phases = {name: logged["time/" + name] for name in ("generate", "score", "train")}
+    report("ppo.py", [sum(parts) for parts in zip(*phases.values())], len(steps) / updates, rows,
+           logged["rollout/response_length"], phases)
+
+
+def race_trl(folder, rows, prompt, response, epochs, minibatch, updates):
+    """The same in TRL: a whole rollout is its batch, cut into minibatches, a step each. Its two
+    `gc.collect` calls an update cost what the imports weigh, so they are told apart."""
+    import contextlib, gc, random, sys, tempfile, time, types  # noqa: E401, it runs on its own
+    import datasets, torch, transformers  # noqa: E401
+    import trl.experimental.ppo.ppo_trainer as ppo
+    marks, spent, steps, counted = [], {"gc": [0.0]}, [], []
+
+    def collect():
+        start = time.perf_counter()
+        gc.collect()
+        spent["gc"][-1] += time.perf_counter() - start
+
+    class End(transformers.TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            marks.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            marks.append(time.perf_counter())
+            spent["gc"].append(0.0)
+
+    ppo.gc = types.SimpleNamespace(collect=collect)
+    truncate = ppo.truncate_response
+
+    def count(stop, pad, responses):
+        responses = truncate(stop, pad, responses)
+        counted.append((responses != pad).sum().item() / len(responses))
+        return responses
+
+    ppo.truncate_response = count
+    transformers.set_seed(0)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder + "/actor")
+    tokenizer.padding_side = "left"
+    load = dict(dtype=torch.float32)
+    policy, ref = (transformers.AutoModelForCausalLM.from_pretrained(folder + "/actor", **load)
+                   for _ in range(2))
+    value, reward = (transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder + "/reward", **load) for _ in range(2))
+    lines = open(folder + "/prompts.txt").read().splitlines()
+    data = datasets.Dataset.from_dict({"input_ids": tokenizer(lines)["input_ids"]})
+    with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(sys.stderr):
+        config = ppo.PPOConfig(
+            output_dir=output, total_episodes=updates * rows, per_device_train_batch_size=rows,
+            gradient_accumulation_steps=1, num_mini_batches=rows // minibatch, seed=0,
+            num_ppo_epochs=epochs, response_length=response, learning_rate=3e-6,
+            stop_token="eos", temperature=1.0, missing_eos_penalty=None, report_to="none",
+            num_sample_generations=0, gradient_checkpointing=False, bf16=False, use_cpu=True,
+            save_strategy="no", disable_tqdm=True, logging_steps=1)
+        trainer = ppo.PPOTrainer(
+            args=config, processing_class=tokenizer, model=policy, ref_model=ref, callbacks=[End()],
+            reward_model=reward, value_model=value, train_dataset=data)
+        trainer.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+        trainer.train()
+    totals = [end - start for start, end in zip(marks, marks[1:])]
+    report("TRL 1.12.0", totals, len(steps) / updates, rows, counted, {"gc": spent["gc"][:-1]})
+
+
+def report(implementation, totals, steps, rows, lengths, phases):
+    """Medians without the first update, which warms up."""
+    import json, resource, statistics  # noqa: E401
+    seconds = {name: statistics.median(parts[1:]) for name, parts in phases.items()}
+    tokens = rows * sum(lengths[1:]) / sum(totals[1:])
+    print(json.dumps(dict(
+        implementation=implementation, seconds=round(statistics.median(totals[1:]), 3),
+        **{name: round(part, 3) for name, part in seconds.items()}, steps=steps,
+        response_length=round(sum(lengths) / len(lengths), 1), tokens_per_second=round(tokens, 1),
+        peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)))
+
+
+def get_floor(shape, work):
+    """Seconds that the matrix products alone would take at the best rate of this machine; reading
+    the weights for every token and moving Adam's seven words a parameter come on top. A KV cache,
+    logits where there is a token to score, a backward twice the forward."""
+    vocabulary, d, layers, heads, kv_heads, inner = shape
+    rows, prompt, response, epochs, minibatch, _ = work
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
+
+    def best(function):
+        times = []
+        for _ in range(8):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    a, b, out = (torch.randn(2048, 2048) for _ in range(3))
+    rate = 2 * 2048 ** 3 / best(lambda: torch.mm(a, b, out=out))
+    source, target = torch.randn(2 ** 26), torch.randn(2 ** 26)
+    width = 8 * 2 ** 26 / best(lambda: target.copy_(source))
+    body = layers * (2 * d * d + 2 * d * d * kv_heads // heads + 3 * d * inner)
+    head, length = d * vocabulary, prompt + response
+
+    def forward(tokens, logits):
+        return 2 * body * tokens + 2 * d * layers * tokens * (tokens + 1) + 2 * head * logits
+
+    scored, plain = forward(length, response), forward(length, 0)
+    flops = rows * (forward(length - 1, response) + 2 * scored + 2 * plain
+                    + 3 * epochs * (scored + plain))
+    step = rows * 2 * (body + head) / rate
+    reading = response * max(0, 4 * (body + head) / width - step)
+    parameters = 2 * body + head * (2 if vocabulary > 100_000 else 3)
+    return flops / rate + reading + epochs * rows // minibatch * 28 * parameters / width
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("name", WORKS)
+def test_the_race(name, tmp_path):
+    """Two turns each, a fresh process for every run. It asserts that the work was the same; how
+    fast it was is for the reader to judge."""
+    shape, work, varied = WORKS[name]
+    make_race(tmp_path, shape, *work[1:3], varied)
+    ours = "import test_ppo; test_ppo.race_ours"
+    programs = [(sys.executable, ours)]
+    if "TRL_PYTHON" in os.environ:
+        trl = "\n".join(map(inspect.getsource, (report, race_trl))) + "race_trl"
+        programs.append((os.environ["TRL_PYTHON"], trl))
+    for turn, (python, source) in itertools.product(range(2), programs):
+        done = subprocess.run(
+            [python, "-W", "ignore", "-c", f"{source}(*{(str(tmp_path), *work)})"],
+            cwd=Path(__file__).parent, capture_output=True, text=True,
+            env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        line = json.loads(done.stdout.splitlines()[-1])
+        print(json.dumps({"work": name, **line}), flush=True)
+        assert line["steps"] == work[3] * work[0] / work[4]
+        low, high = (0.2, 0.5) if varied else (1, 1)
+        assert low <= line["response_length"] / work[2] <= high
+    if not varied:
+        print(json.dumps({"work": name, "floor": round(get_floor(shape, work), 3)}))
 
 
 # ==================================================================================================
