@@ -4192,11 +4192,11 @@ def test_the_demo_tokenizer_reads_a_chat_as_it_was_trained():
 #    a Python that has trl 1.12.0 (the last with PPO), it does the same work in turns with ours.
 # ==================================================================================================
 
-WORKS = {  # model; rows, prompt, response, epochs, minibatch, updates; do lengths vary?
-    "tiny": ((512, 64, 2, 4, 4, 256), (32, 16, 32, 4, 8, 12), False),
-    "small": ((8192, 256, 6, 8, 4, 1024), (32, 32, 64, 4, 8, 5), False),
-    "realvocab": ((151936, 512, 8, 8, 2, 2048), (16, 64, 64, 2, 4, 3), False),
-    "small, real lengths": ((8192, 256, 6, 8, 4, 1024), (32, 32, 64, 4, 8, 5), True),
+WORKS = {  # model; rows, prompt, response, epochs, minibatch, micro-batch, updates; lengths vary?
+    "tiny": ((512, 64, 2, 4, 4, 256), (32, 16, 32, 4, 8, 32, 12), False),
+    "small": ((8192, 256, 6, 8, 4, 1024), (32, 32, 64, 4, 8, 32, 5), False),
+    "realvocab": ((151936, 512, 8, 8, 2, 2048), (16, 64, 64, 2, 4, 4, 3), False),
+    "small, real lengths": ((8192, 256, 6, 8, 4, 1024), (32, 32, 64, 4, 8, 4, 5), True),
 }
 
 
@@ -4240,7 +4240,7 @@ def make_race(folder, shape, prompt, response, varied):
     (folder / "prompts.txt").write_text("\n".join(lines))
 
 
-def race_ours(folder, rows, prompt, response, epochs, minibatch, updates, **changes):
+def race_ours(folder, rows, prompt, response, epochs, minibatch, micro, updates, **changes):
     """`train` itself, on the numbers that it logs."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
     logged, steps = defaultdict(list), []
@@ -4251,7 +4251,7 @@ def race_ours(folder, rows, prompt, response, epochs, minibatch, updates, **chan
         prompts_file=folder + "/prompts.txt", actor_name=folder + "/actor", save_every=0,
         reward_name=folder + "/reward", eval_prompts_file=None, apply_chat_template=False,
         max_length=prompt, max_new_tokens=response, rollout_batch_size=rows, max_epochs=epochs,
-        n_samples_per_prompt=1, train_batch_size=minibatch, micro_train_batch_size=minibatch,
+        n_samples_per_prompt=1, train_batch_size=minibatch, micro_train_batch_size=micro,
         micro_rollout_batch_size=rows, episodes=updates * rows / 512, actor_lr=3e-6, critic_lr=3e-6,
         critic_warmup=0, missing_eos_penalty=None, trace_every=0, self_check="off", device="cpu")
     for name, value in (names | changes).items():
@@ -4273,7 +4273,7 @@ def race_ours(folder, rows, prompt, response, epochs, minibatch, updates, **chan
            bill_mb=int(re.search(r"at most (\d+) MiB", told.getvalue())[1]))
 
 
-def race_trl(folder, rows, prompt, response, epochs, minibatch, updates):
+def race_trl(folder, rows, prompt, response, epochs, minibatch, micro, updates):
     """The same in TRL: a whole rollout is its batch, cut into minibatches, a step each. Its two
     `gc.collect` calls an update cost what the imports weigh, so they are told apart."""
     import contextlib, gc, random, sys, tempfile, time, types  # noqa: E401, it runs on its own
@@ -4347,7 +4347,7 @@ def get_floor(shape, work):
     the weights for every token and moving Adam's seven words a parameter come on top. A KV cache,
     logits where there is a token to score, a backward twice the forward."""
     vocabulary, d, layers, heads, kv_heads, inner = shape
-    rows, prompt, response, epochs, minibatch, _ = work
+    rows, prompt, response, epochs, minibatch, *_ = work
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
 
     def best(function):
