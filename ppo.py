@@ -1494,7 +1494,8 @@ def over_processes(metrics):
 
 def clip_gradients(model, max_norm):
     """Scales gradients down to a norm of max_norm -> the norm before, that of all parts."""
-    return float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 def to_whole(tree):
     """A state dict -> one with whole tensors for the first process to write, None for others."""

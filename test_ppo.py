@@ -12,6 +12,7 @@ import errno
 import functools
 import glob
 import inspect
+import io
 import itertools
 import json
 import math
@@ -3746,6 +3747,28 @@ def in_processes_memory(out):
                 adam=[size(t for s in o.state.values() for t in s.values() if t.dim()) for o in run.optimizers])
 
 
+def in_processes_cost(out):
+    """MB of a rollout of two steps: held by this process, and received by it from the others."""
+    received, names = defaultdict(int), ("all_gather_single", "reduce_scatter_single")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            def count(*args, name=name, call=getattr(ppo.dist, name), **options):
+                sizes = [x.nbytes for x in (*args, *options.values()) if torch.is_tensor(x)]
+                received[name] += max(sizes) - min(sizes)
+                return call(*args, **options)
+            patch.setattr(ppo.dist, name, count)
+        models = make_divided_models(hidden=512)
+        run, _ = train_divided(DEMO_PROMPTS[:8], None, models, max_epochs=1, max_new_tokens=8)
+    held = [x for part in run.models for x in part.parameters()]
+    held += [p.grad for p in held if p.grad is not None]
+    held += [x for optimizer in run.optimizers for s in optimizer.state.values()
+             for x in s.values() if x.dim()]
+    held = sum((x.to_local() if hasattr(x, "to_local") else x).nbytes for x in held)
+    return dict(held_mb=held // 10 ** 6, parameters=sum(
+        p.numel() for model in run.models for p in model.parameters()),
+        **{name: received[name] // 10 ** 6 for name in names})
+
+
 def in_processes_resume(out):
     """A run of 4 rollouts, and one that goes on from its second: bits."""
     ppo.run_name = "resumed"
@@ -3866,6 +3889,14 @@ def test_each_process_holds_its_part_of_all_four_models(one_process, two_process
     for name in ("weights", "adam"):
         for whole, *parts in zip(one_process[1]["memory"][0][name], *(r[name] for r in two_processes[1]["memory"])):
             assert sum(parts) == whole and max(parts) < 0.52 * whole
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_what_several_processes_hold_and_receive(count, tmp_path):
+    found = start_processes(tmp_path, count, "cost")["cost"]
+    print(json.dumps({"processes": count, **found[0]}))
+    assert len(found) == count
 
 
 def test_processes_generate_without_keeping_step(two_processes):
@@ -4300,11 +4331,11 @@ def test_the_demo_tokenizer_reads_a_chat_as_it_was_trained():
 #    a Python that has trl 1.12.0 (the last with PPO), it does the same work in turns with ours.
 # ==================================================================================================
 
-WORKS = {  # model; rows, prompt, response, epochs, minibatch, updates; do lengths vary?
-    "tiny": ((512, 64, 2, 4, 4, 256), (32, 16, 32, 4, 8, 12), False),
-    "small": ((8192, 256, 6, 8, 4, 1024), (32, 32, 64, 4, 8, 5), False),
-    "realvocab": ((151936, 512, 8, 8, 2, 2048), (16, 64, 64, 2, 4, 3), False),
-    "small, real lengths": ((8192, 256, 6, 8, 4, 1024), (32, 32, 64, 4, 8, 5), True),
+WORKS = {  # model; rows, prompt, response, epochs, minibatch, micro-batch, updates; lengths vary?
+    "tiny": ((512, 64, 2, 4, 4, 256), (32, 16, 32, 4, 8, 32, 12), False),
+    "small": ((8192, 256, 6, 8, 4, 1024), (32, 32, 64, 4, 8, 32, 5), False),
+    "realvocab": ((151936, 512, 8, 8, 2, 2048), (16, 64, 64, 2, 4, 4, 3), False),
+    "small, real lengths": ((8192, 256, 6, 8, 4, 1024), (32, 32, 64, 4, 8, 4, 5), True),
 }
 
 
@@ -4348,7 +4379,7 @@ def make_race(folder, shape, prompt, response, varied):
     (folder / "prompts.txt").write_text("\n".join(lines))
 
 
-def race_ours(folder, rows, prompt, response, epochs, minibatch, updates):
+def race_ours(folder, rows, prompt, response, epochs, minibatch, micro, updates, **changes):
     """`train` itself, on the numbers that it logs."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
     logged, steps = defaultdict(list), []
@@ -4359,10 +4390,10 @@ def race_ours(folder, rows, prompt, response, epochs, minibatch, updates):
         prompts_file=folder + "/prompts.txt", actor_name=folder + "/actor", save_every=0,
         reward_name=folder + "/reward", eval_prompts_file=None, apply_chat_template=False,
         max_length=prompt, max_new_tokens=response, rollout_batch_size=rows, max_epochs=epochs,
-        n_samples_per_prompt=1, train_batch_size=minibatch, micro_train_batch_size=minibatch,
+        n_samples_per_prompt=1, train_batch_size=minibatch, micro_train_batch_size=micro,
         micro_rollout_batch_size=rows, episodes=updates * rows / 512, actor_lr=3e-6, critic_lr=3e-6,
         critic_warmup=0, missing_eos_penalty=None, trace_every=0, self_check="off", device="cpu")
-    for name, value in names.items():
+    for name, value in (names | changes).items():
         assert hasattr(ppo, name)
         setattr(ppo, name, value)
     transformers.set_seed(0)
@@ -4372,14 +4403,16 @@ def race_ours(folder, rows, prompt, response, epochs, minibatch, updates):
     dataset = ppo.PromptDataset(ppo.prompts_file, words, False, prompt)
     step = ppo.train_step
     ppo.train_step = lambda *args, **options: (steps.append(1), step(*args, **options))[1]
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        ppo.show_bill()
         ppo.train(dataset, None, *ppo.make_models(ppo.load_model), words, reward_words, writer)
     phases = {name: logged["time/" + name] for name in ("generate", "score", "train")}
     report("ppo.py", [sum(parts) for parts in zip(*phases.values())], len(steps) / updates, rows,
-           logged["rollout/response_length"], phases)
+           logged["rollout/response_length"], phases,
+           bill_mb=int(re.search(r"at most (\d+) MiB", told.getvalue())[1]))
 
 
-def race_trl(folder, rows, prompt, response, epochs, minibatch, updates):
+def race_trl(folder, rows, prompt, response, epochs, minibatch, micro, updates):
     """The same in TRL: a whole rollout is its batch, cut into minibatches, a step each. Its two
     `gc.collect` calls an update cost what the imports weigh, so they are told apart."""
     import contextlib, gc, random, sys, tempfile, time, types  # noqa: E401, it runs on its own
@@ -4436,7 +4469,7 @@ def race_trl(folder, rows, prompt, response, epochs, minibatch, updates):
     report("TRL 1.12.0", totals, len(steps) / updates, rows, counted, {"gc": spent["gc"][:-1]})
 
 
-def report(implementation, totals, steps, rows, lengths, phases):
+def report(implementation, totals, steps, rows, lengths, phases, **more):
     """Medians without the first update, which warms up."""
     import json, resource, statistics  # noqa: E401
     seconds = {name: statistics.median(parts[1:]) for name, parts in phases.items()}
@@ -4445,7 +4478,7 @@ def report(implementation, totals, steps, rows, lengths, phases):
         implementation=implementation, seconds=round(statistics.median(totals[1:]), 3),
         **{name: round(part, 3) for name, part in seconds.items()}, steps=steps,
         response_length=round(sum(lengths) / len(lengths), 1), tokens_per_second=round(tokens, 1),
-        peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)))
+        peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, **more)))
 
 
 def get_floor(shape, work):
@@ -4453,7 +4486,7 @@ def get_floor(shape, work):
     the weights for every token and moving Adam's seven words a parameter come on top. A KV cache,
     logits where there is a token to score, a backward twice the forward."""
     vocabulary, d, layers, heads, kv_heads, inner = shape
-    rows, prompt, response, epochs, minibatch, _ = work
+    rows, prompt, response, epochs, minibatch, *_ = work
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
 
     def best(function):
@@ -4483,6 +4516,15 @@ def get_floor(shape, work):
     return flops / rate + reading + epochs * rows // minibatch * 28 * parameters / width
 
 
+def run_race(python, call):
+    """In a process of its own -> what it reports."""
+    done = subprocess.run(
+        [python, "-W", "ignore", "-c", call], cwd=Path(__file__).parent, capture_output=True,
+        text=True, env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.benchmark
 @pytest.mark.parametrize("name", WORKS)
 def test_the_race(name, tmp_path):
@@ -4496,18 +4538,24 @@ def test_the_race(name, tmp_path):
         trl = "\n".join(map(inspect.getsource, (report, race_trl))) + "race_trl"
         programs.append((os.environ["TRL_PYTHON"], trl))
     for turn, (python, source) in itertools.product(range(2), programs):
-        done = subprocess.run(
-            [python, "-W", "ignore", "-c", f"{source}(*{(str(tmp_path), *work)})"],
-            cwd=Path(__file__).parent, capture_output=True, text=True,
-            env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"})
-        assert done.returncode == 0, done.stderr[-3000:]
-        line = json.loads(done.stdout.splitlines()[-1])
+        line = run_race(python, f"{source}(*{(str(tmp_path), *work)})")
         print(json.dumps({"work": name, **line}), flush=True)
         assert line["steps"] == work[3] * work[0] / work[4]
         low, high = (0.2, 0.5) if varied else (1, 1)
         assert low <= line["response_length"] / work[2] <= high
     if not varied:
         print(json.dumps({"work": name, "floor": round(get_floor(shape, work), 3)}))
+
+
+@pytest.mark.benchmark
+def test_what_adapters_save(tmp_path):
+    """Peak of the largest work with adapters, beside that of training all weights above."""
+    shape, work, _ = WORKS["realvocab"]
+    make_race(tmp_path, shape, *work[1:3], False)
+    line = run_race(sys.executable, "import test_ppo; test_ppo.race_ours(*"
+                    f"{(str(tmp_path), *work)}, lora_rank=16)")
+    print(json.dumps({"work": "realvocab, lora_rank 16", **line}))
+    assert line["steps"] == work[3] * work[0] / work[4]
 
 
 # ==================================================================================================
