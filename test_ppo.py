@@ -4108,6 +4108,16 @@ OTHER_SNIPPETS = [code for code in re.findall(r"```python\n(.*?)```", README, re
                   if code not in [snippet for snippet, _ in SNIPPETS]]
 
 
+def test_formulas_of_the_page_are_such_as_github_renders():
+    """Each on one line, closed on it, no blank inside its dollars and no letter or digit at them."""
+    text = re.sub(r"```.*?```", "", README, flags=re.S)
+    text = re.sub(r"`[^`\n]*`", "code", text)
+    for line in re.sub(r"\$\$[^$\n]+\$\$", "", text).splitlines():
+        assert line.count("$") % 2 == 0, line
+        for before, formula, after in re.findall(r"(^|.)\$([^$]*)\$(.|$)", line):
+            assert formula.strip() == formula != "" and not (before + after).isalnum(), line
+
+
 def test_there_are_snippets_to_run():
     """These, and the three of the next three tests: none is left out."""
     assert len(SNIPPETS) >= 4 and len(OTHER_SNIPPETS) == 3
