@@ -2635,9 +2635,9 @@ def sharp(scale):
     return actor
 
 
-def samples_from_another():
+def samples_from_another(scale=1.0):
     """A reference, and an actor that samples from it and not from itself."""
-    actor, ref = make_model(seed=1), make_model(seed=2)
+    actor, ref = sharp(scale), make_model(seed=2)
     ref.generation_config.update(do_sample=True, top_k=0, max_new_tokens=6)
     actor.generate = ref.generate
     return dict(actor=actor, ref=ref, n_samples_per_prompt=8, train_batch_size=24)
@@ -2658,11 +2658,11 @@ PROVOKED = {  # tag: a small run in which it leaves its range, and says so
     "kl/ref_k1": samples_from_another,
     "kl/ref_k3": lambda: dict(ref=sharp(300.0)),
     "rollout/ended": lambda: dict(actor=with_end_logit(-1e4)),
-    "policy/ratio_mean": lambda: samples_from_another() | FAST | dict(clip_eps=1e9),
-    "policy/ratio_max": lambda: samples_from_another() | FAST | dict(clip_eps=1e9),
-    "policy/clip_upper": lambda: FAST | dict(clip_eps=0.002, actor_lr=0.01),
-    "policy/clip_lower": lambda: FAST | dict(clip_eps=0.002, actor_lr=0.01),
-    "policy/approx_kl": lambda: FAST | dict(max_epochs=6),
+    "policy/ratio_mean": lambda: samples_from_another(5.0) | FAST | dict(clip_eps=1e9),
+    "policy/ratio_max": lambda: samples_from_another(5.0) | FAST | dict(clip_eps=1e9),
+    "policy/clip_upper": lambda: FAST | dict(clip_eps=1e-5, actor_lr=1e-3),
+    "policy/clip_lower": lambda: FAST | dict(clip_eps=1e-5, actor_lr=1e-3),
+    "policy/approx_kl": lambda: samples_from_another(5.0) | FAST,
     "policy/entropy": lambda: dict(actor=sharp(300.0)),
     "value/value_clip_fraction": lambda: dict(value_clip_eps=1e-4, critic_lr=0.1, max_epochs=4),
     "value/explained_variance": lambda: dict(critic=busy_critic(), critic_lr=1e-9),
@@ -4582,7 +4582,7 @@ EXPERIMENTS = [  # what differs from the shipped constants; what one sees, and w
     (dict(clip_eps=100.0), "nothing is clipped; four epochs at this rate do little harm (Eq. 5)"),
     (dict(max_epochs=16, clip_eps=100.0), "the same without a clip: the policy breaks (Eq. 5)"),
     (dict(policy_loss="ppo1", target_kl=0.02), "a penalty in place of the clip does as well (Eq. 5c)"),
-    (dict(actor_lr=5e-3), "the ratio is far outside after one step, where Eq. 4 means nothing: it breaks"),
+    (dict(actor_lr=5e-3), "ratios leave the range in which Eq. 4 means anything: less score, spoilt sentences"),
     (dict(lambd=0.0), "one step of the critic is all: credit crawls back a token at a time (Eq. 9, 10)"),
     (dict(lambd=1.0), "no trust in the critic: unbiased, noisier; short texts forgive it (Eq. 10)"),
     (dict(gamma=0.9), "ten tokens before the end the score is worth 0.35: first words learn less (Eq. 9)"),
