@@ -4577,7 +4577,7 @@ EXPERIMENTS = [  # what differs from the shipped constants; what one sees, and w
     (dict(kl_coef=0.0), "distance is free and the reward is hacked: KL up, score up, gold down (Eq. 8)"),
     (dict(kl_coef=1.0), "a nat costs as much as a whole point of score: stays near the reference (Eq. 8)"),
     (dict(kl_in="loss"), "each token answers for its own KL, not for that of later ones: more KL (Eq. 7)"),
-    (dict(max_epochs=1), "4 steps a rollout, hardly ever clipped; learns nearly as much here (Eq. 4)"),
+    (dict(max_epochs=1), "4 steps a rollout, hardly ever clipped; learns a little less (Eq. 4)"),
     (dict(max_epochs=16), "64 steps from one rollout: three times as much is clipped, and that holds it (Eq. 5)"),
     (dict(clip_eps=100.0), "nothing is clipped; four epochs at this rate do little harm (Eq. 5)"),
     (dict(max_epochs=16, clip_eps=100.0), "the same without a clip: the policy breaks (Eq. 5)"),
@@ -4670,9 +4670,9 @@ def bar(value, most, width=30):
 
 
 def has_no_effect(end, base):
-    """Means as near to those of the shipped constants as two seeds are to each other."""
+    """Means as near to those of the shipped constants as seeds are to each other."""
     return all(abs(mean(end[name]) - mean(base[name])) < limit
-               for name, limit in (("score", 0.1), ("gold", 0.03), ("KL", 0.5), ("sentences", 0.03)))
+               for name, limit in (("score", 0.05), ("gold", 0.03), ("KL", 0.5), ("sentences", 0.03)))
 
 
 def show_experiments(ends, chart, seeds):
@@ -4684,7 +4684,7 @@ def show_experiments(ends, chart, seeds):
             span(end[name]) for name in MEASURED) + " |")
     same = [name_change(changes) for (changes, _), end in zip(EXPERIMENTS[1:], ends[1:])
             if has_no_effect(end, ends[0])]
-    lines += ["", f"Makes no difference here (means of {len(seeds)} seeds within 0.1 in score, 0.03 in gold "
+    lines += ["", f"Makes no difference here (means of {len(seeds)} seeds within 0.05 in score, 0.03 in gold "
               "and sentences, 0.5 in KL): " + ("; ".join(same) or "none of them") + ".", "",
               "```text", f"{'kl_coef':8}{'KL':>5}   {'score':35}gold"]
     most = max(mean(end["score"]) for end in chart)
