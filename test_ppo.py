@@ -1,4 +1,5 @@
-"""Tests of ppo.py: `python -m pytest`; `-m slow`, `-m benchmark -s`, `-m experiments -s` for the rest.
+"""Tests of ppo.py: `python -m pytest`; `-m slow`, `-m benchmark -s`, `-m experiments -s` for the
+rest.
 
 They assert the truth, not the code: naive loops, numbers worked by hand, exact enumeration, limits,
 invariances, gradients; and each was seen to fail when the line that it guards was broken."""
@@ -4089,7 +4090,8 @@ OTHER_SNIPPETS = [code for code in re.findall(r"```python\n(.*?)```", README, re
 
 
 def test_formulas_of_the_page_are_such_as_github_renders():
-    """Each on one line, closed on it, no blank inside its dollars and no letter or digit at them."""
+    """Each on one line, closed on it, no blank inside its dollars and no letter or digit at
+    them."""
     text = re.sub(r"```.*?```", "", README, flags=re.S)
     text = re.sub(r"`[^`\n]*`", "code", text)
     for line in re.sub(r"\$\$[^$\n]+\$\$", "", text).splitlines():
@@ -4192,7 +4194,8 @@ def test_tensorboard_starts_as_the_page_says(tmp_path):
 
 
 def read_walk():
-    """The page's trace, and the arithmetic below it -> lines of the trace, [(Eq., name, sum, result)]"""
+    """The page's trace, and the arithmetic below it
+    -> lines of the trace, [(Eq., name, sum, result)]"""
     text = re.search(r"```text\n(  below .*?)\n\n(Eq\. 3 .*?)\n```", README, re.S)
     return text[1].splitlines(), re.findall(r"Eq\. (\d+) +([\w ]+?) = (.+?) = (-?[\d.]+)(?=\s|$)", text[2])
 
@@ -4603,7 +4606,8 @@ def keep_end():
 
 
 def run_experiments(folder, experiments, seeds, at_once=2):
-    """A process for each experiment and seed, one demo for each seed -> [{name: [a number a seed]}]"""
+    """A process for each experiment and seed, one demo for each seed
+    -> [{name: [a number a seed]}]"""
     running = set()
     for number, changes in enumerate(experiments):
         for seed in seeds:
@@ -4683,7 +4687,8 @@ def get_experiments_of_the_page():
 
 
 def test_the_pages_experiments_are_those_of_the_test():
-    """The rows, in order, and the chart's; the numbers are those of the last run of the next test."""
+    """The rows, in order, and the chart's; the numbers are those of the last run of the next
+    test."""
     lines = get_experiments_of_the_page()
     rows = [line.split(" | ") for line in lines if line.startswith("| ")][1:]
     assert [(row[0], row[1]) for row in rows] == [
