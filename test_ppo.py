@@ -2599,7 +2599,8 @@ def test_gradient_checkpointing_recomputes_and_changes_no_sample(main, monkeypat
 
 # ---- G. Advice of the metrics ------------------------------------------------------------------
 
-BOUNDS = [(tag, side) for tag, row in ppo.METRICS.items() for side in (1, 2) if row[side] is not None]
+BOUNDS = [(tag, side) for tag, row in ppo.METRICS.items() for side in (1, 2)
+          if row[side] is not None]
 
 
 def advised(text):
@@ -2993,8 +2994,8 @@ def test_an_uninterrupted_run_logs_each_point_once(whole):
     assert "eval/score_mean" in points and "kl/ppo1_beta" in points
     for tag, values in points.items():
         steps = [step for step, *_ in values]
-        every = {"eval": [0, 2, 4, 6], "samples": [0, 2, 4, 6], "custom_scalars__config__": [0]}.get(
-            re.split("/", tag)[0], [1, 2, 3, 4, 5, 6])
+        every = {"eval": [0, 2, 4, 6], "samples": [0, 2, 4, 6],
+                 "custom_scalars__config__": [0]}.get(re.split("/", tag)[0], [1, 2, 3, 4, 5, 6])
         if re.match("policy", tag) and not re.search("lr|entropy", tag):
             every = every[1:]  # the critic warms up first
         assert steps == every, tag
@@ -3322,7 +3323,8 @@ def test_a_fresh_run_moves_an_earlier_one_of_its_name_aside(whole, finished, tmp
 
 HERE = os.path.dirname(os.path.abspath(ppo.__file__))
 CONSTANTS = dict(
-    actor_name="actor", reward_name="reward", gold_fn=None, prompts_file=["any dish for tonight ?"] * 7,
+    actor_name="actor", reward_name="reward", gold_fn=None,
+    prompts_file=["any dish for tonight ?"] * 7,
     eval_prompts_file=None, max_length=16, rollout_batch_size=4, n_samples_per_prompt=2,
     micro_rollout_batch_size=8, max_new_tokens=6, train_batch_size=4, micro_train_batch_size=4,
     max_epochs=2, episodes=4 * 4 / 7, critic_warmup=0, save_every=0, eval_every=0, trace_every=0,
@@ -3361,8 +3363,8 @@ def place(tmp_path, monkeypatch):
 
 def make_rows(models, tokenizer, **options):
     actor, critic, _, ref = models
-    samples = ppo.generate_samples(["any dish for tonight ?", "name a good film for sunday ."], actor,
-                                   tokenizer, 16, 6, 4, 8)
+    samples = ppo.generate_samples(["any dish for tonight ?", "name a good film for sunday ."],
+                                   actor, tokenizer, 16, 6, 4, 8)
     judge = lambda prompts, responses, **_: [float(len(r) % 5) for r in responses]
     return ppo.generate_experiences(samples, actor, critic, judge, ref, **options)
 
@@ -3371,8 +3373,8 @@ def get_outputs(models, batch):
     """Log-probs of actor and reference, values of the critic."""
     inputs, n = (batch.seqs, batch.attention_mask), batch.action_mask.shape[1]
     with torch.no_grad():
-        return [ppo.compute_log_probs(models[0], *inputs, n), ppo.compute_log_probs(models[3], *inputs, n),
-                models[1](*inputs, n)]
+        return [ppo.compute_log_probs(models[0], *inputs, n),
+                ppo.compute_log_probs(models[3], *inputs, n), models[1](*inputs, n)]
 
 
 def make_optimizers(models, actor_lr=1e-2, critic_lr=1e-2):
@@ -3393,7 +3395,8 @@ def test_adapters_share_a_trunk_and_nothing_trained(place, recompute):
     assert not any(p.requires_grad for p in models[3].parameters())
     start = get_outputs(models, batch)
     assert all(p.requires_grad for model in models[:2] for p in model.parameters())
-    want = ppo.compute_log_probs(plain, batch.seqs, batch.attention_mask, batch.action_mask.shape[1])
+    want = ppo.compute_log_probs(plain, batch.seqs, batch.attention_mask,
+                                 batch.action_mask.shape[1])
     assert torch.equal(start[0], want) and torch.equal(start[1], want)
 
     for lrs, moved in (((1e-2, 0.0), (True, False, False)), ((0.0, 1e-2), (False, False, True))):
@@ -3449,7 +3452,8 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(place):
     results = []
     for recompute in (False, True):
         place(gradient_checkpointing=recompute)
-        models, tokenizer = ppo.make_models(ppo.load_model), ppo.load_tokenizer("actor_name", "actor")
+        models, tokenizer = (ppo.make_models(ppo.load_model),
+                             ppo.load_tokenizer("actor_name", "actor"))
         calls = {"actor": 0, "critic": 0}
         for name, model in zip(calls, models):
             for module in model.modules():
@@ -3562,7 +3566,8 @@ def read_trace(text):
 
 
 @pytest.mark.parametrize("constants", [
-    {}, dict(truncated="bootstrap", gamma=0.9, lambd=0.7, kl_target=1.0, kl_horizon=16, clip_eps_high=0.3),
+    {}, dict(truncated="bootstrap", gamma=0.9, lambd=0.7, kl_target=1.0, kl_horizon=16,
+             clip_eps_high=0.3),
     dict(kl_in="loss", dual_clip=1.2, temperature=0.7)])
 def test_trace_recomputed_from_its_printed_numbers(place, constants, monkeypatch, capsys):
     place(trace_every=2, episodes=8 / 7, eval_prompts_file=None, kl_coef=0.3, actor_lr=0.05,
@@ -3603,10 +3608,11 @@ def test_trace_recomputed_from_its_printed_numbers(place, constants, monkeypatch
     assert moved and any(marks)
     # the numbers are the run's own
     row = max(rows, key=lambda row: row.kl.abs().max())
-    for name, tensor in dict(log_prob=row.old_action_log_probs, ref=row.ref_action_log_probs, V=row.values,
-                             used=row.advantages).items():
+    for name, tensor in dict(log_prob=row.old_action_log_probs, ref=row.ref_action_log_probs,
+                             V=row.values, used=row.advantages).items():
         torch.testing.assert_close(torch.tensor(column[name]), tensor, atol=1e-3, rtol=1e-3)
-    new = ppo.compute_log_probs(actor, row.seqs[None], row.attention_mask[None], n, ppo.temperature)[0]
+    new = ppo.compute_log_probs(actor, row.seqs[None], row.attention_mask[None], n,
+                                ppo.temperature)[0]
     torch.testing.assert_close(torch.tensor(column["new"]), new.detach(), atol=1e-3, rtol=1e-3)
     scores = [row.info["raw_score"] for row in rows]
     best, worst = (float(line.split(":")[0].split()[1]) for line in texts[0].splitlines()[:2])
@@ -3617,10 +3623,11 @@ def test_trace_cannot_steer_the_terminal_and_cuts_long_responses(place):
     tokenizer = ppo.load_tokenizer("actor_name", "actor")
     n = 200
     ones = torch.ones(n)
-    info = dict(item=dict(prompt="a\x1b[2Jb" * 40), response="c\x1b[31m\nd" * 40, raw_score=123456.789)
-    row = ppo.Experience(torch.arange(n + 3) % 90, torch.ones(n + 3), ones.int(), info, -ones * 12.34567,
-                         -ones * 1e5, ones, torch.tensor(0.0), ones * 1e9, torch.tensor(2.0), -ones * 0.0,
-                         ones, ones)
+    info = dict(item=dict(prompt="a\x1b[2Jb" * 40), response="c\x1b[31m\nd" * 40,
+                raw_score=123456.789)
+    row = ppo.Experience(torch.arange(n + 3) % 90, torch.ones(n + 3), ones.int(), info,
+                         -ones * 12.34567, -ones * 1e5, ones, torch.tensor(0.0), ones * 1e9,
+                         torch.tensor(2.0), -ones * 0.0, ones, ones)
     actor = ppo.load_model("actor_name", "actor")
     ppo.max_position_embeddings = 512
     tokenizer.decode = lambda ids: "\x1b[5m\x07\n" + "x" * 20
@@ -3661,11 +3668,13 @@ def fixed_samples(prompts, model, actor_tokenizer, max_length, max_new_tokens, n
         rng = random.Random(f"{item['text']} {n % n_samples_per_prompt}")
         ids = actor_tokenizer(item["text"], add_special_tokens=False)["input_ids"]
         T = rng.randint(1, max_new_tokens)
-        actions = [rng.randrange(5, len(demo_tokenizer)) for _ in range(T - 1)] + [demo_tokenizer.eos_token_id]
+        actions = [rng.randrange(5, len(demo_tokenizer)) for _ in range(T - 1)] + [
+            demo_tokenizer.eos_token_id]
         seqs = torch.tensor([ids + actions])
         samples_list.append(ppo.Samples(
-            seqs, torch.ones_like(seqs), torch.ones(1, T, dtype=torch.long), T, torch.tensor([True]),
-            [item], [actor_tokenizer.decode(actions, skip_special_tokens=True)]))
+            seqs, torch.ones_like(seqs), torch.ones(1, T, dtype=torch.long), T,
+            torch.tensor([True]), [item],
+            [actor_tokenizer.decode(actions, skip_special_tokens=True)]))
     return samples_list
 
 
@@ -3673,10 +3682,11 @@ SHIPPED = {name: getattr(ppo, name) for name in ppo.CONSTANTS}
 
 
 def set_shipped_constants(**constants):
-    defaults = SHIPPED | dict(run_name=ppo.run_name) | dict(episodes=1, rollout_batch_size=8, n_samples_per_prompt=2, train_batch_size=8,
-                    micro_train_batch_size=2, micro_rollout_batch_size=4, max_new_tokens=8, max_epochs=2,
-                    save_every=0, eval_every=0, resume=None, self_check="off", critic_warmup=0, trace_every=0,
-                    actor_lr=1e-4, critic_lr=1e-4, max_length=24, seed=1, kl_coef=0.05, gold_fn=None)
+    defaults = SHIPPED | dict(run_name=ppo.run_name) | dict(
+        episodes=1, rollout_batch_size=8, n_samples_per_prompt=2, train_batch_size=8,
+        micro_train_batch_size=2, micro_rollout_batch_size=4, max_new_tokens=8, max_epochs=2,
+        save_every=0, eval_every=0, resume=None, self_check="off", critic_warmup=0, trace_every=0,
+        actor_lr=1e-4, critic_lr=1e-4, max_length=24, seed=1, kl_coef=0.05, gold_fn=None)
     for name, value in {**defaults, **constants}.items():
         assert hasattr(ppo, name), name
         setattr(ppo, name, value)
@@ -3687,7 +3697,8 @@ def train_divided(prompts=DEMO_PROMPTS[:16], eval_prompts=None, models=None, **c
     set_shipped_constants(**constants)
     models = models or make_divided_models()
     make = lambda source: source and ppo.PromptDataset(source, demo_tokenizer, True, ppo.max_length)
-    run = ppo.train(make(prompts), make(eval_prompts), *models, demo_tokenizer, demo_tokenizer, None)
+    run = ppo.train(make(prompts), make(eval_prompts), *models, demo_tokenizer, demo_tokenizer,
+                    None)
     return run, [{k: whole_of(p) for k, p in m.state_dict().items()} for m in run.models[:2]]
 
 
@@ -3696,7 +3707,8 @@ def whole_of(p):
 
 
 def digest(weights):
-    return [[(k, w.double().sum().item(), w.view(torch.int32).sum().item()) for k, w in m.items()] for m in weights]
+    return [[(k, w.double().sum().item(), w.view(torch.int32).sum().item()) for k, w in m.items()]
+            for m in weights]
 
 
 def in_processes_same_weights(out):
@@ -3705,11 +3717,13 @@ def in_processes_same_weights(out):
     try:
         for name, constants in dict(
                 plain=dict(),
-                busy=dict(normalize_scores=True, whiten_rewards=True, kl_target=2.0, entropy_coef=0.01,
-                          loss_agg="seq-mean-token-mean", value_clip_eps=0.2, dual_clip=3.0, max_grad_norm=0.1),
+                busy=dict(normalize_scores=True, whiten_rewards=True, kl_target=2.0,
+                          entropy_coef=0.01, loss_agg="seq-mean-token-mean", value_clip_eps=0.2,
+                          dual_clip=3.0, max_grad_norm=0.1),
                 ppo1=dict(policy_loss="ppo1", target_kl=0.001, kl_in="loss", truncated="bootstrap",
                           loss_agg="seq-mean-token-sum", gradient_checkpointing=True)).items():
-            run, weights = train_divided(prompts=DEMO_PROMPTS[:16 if name == "plain" else 8], **constants)
+            run, weights = train_divided(prompts=DEMO_PROMPTS[:16 if name == "plain" else 8],
+                                         **constants)
             found += [run.state.kl_coef, run.state.ppo1_beta, *run.state.score_moments]
             if ppo.rank() == 0:
                 torch.save(weights, f"{out}.{name}.pt")
@@ -3724,7 +3738,8 @@ def in_processes_memory(out):
     local = lambda t: (t.to_local() if hasattr(t, "to_local") else t)
     size = lambda ts: sum(local(t).numel() * local(t).element_size() for t in ts)
     return dict(weights=[size(m.parameters()) for m in run.models],
-                adam=[size(t for s in o.state.values() for t in s.values() if t.dim()) for o in run.optimizers])
+                adam=[size(t for s in o.state.values() for t in s.values() if t.dim())
+                      for o in run.optimizers])
 
 
 def in_processes_cost(out):
@@ -3762,7 +3777,8 @@ def in_processes_resume(out):
     ppo.gather(None)
     return dict(path=os.path.basename(path), same=digest(whole) == digest(again), files=files,
                 saved=max((saved[k] - whole[0][k]).abs().max().item() for k in saved),
-                actor_moved=digest(whole)[0] != digest([{k: whole_of(p) for k, p in make_divided_models()[0].state_dict().items()}])[0])
+                actor_moved=digest(whole)[0] != digest([
+                    {k: whole_of(p) for k, p in make_divided_models()[0].state_dict().items()}])[0])
 
 
 def in_processes_stop(out):
@@ -3787,21 +3803,24 @@ def in_processes_stop(out):
 def in_processes_not_finite(out):
     """A gradient of the last process alone that is not finite."""
     ppo.run_name, real = "not_finite", ppo.compute_value_loss
-    ppo.compute_value_loss = lambda *a, **k: real(*a, **k) * (math.nan if ppo.rank() == ppo.world_size() - 1 else 1)
+    ppo.compute_value_loss = lambda *a, **k: real(*a, **k) * (
+        math.nan if ppo.rank() == ppo.world_size() - 1 else 1)
     models = make_divided_models()
     before = digest([{k: whole_of(p) for k, p in m.state_dict().items()} for m in models[:2]])
     try:
         train_divided(models=models)
     except ppo.InputError as error:
         after = digest([{k: whole_of(p) for k, p in m.state_dict().items()} for m in models[:2]])
-        return dict(error=str(error), unmoved=before == after, saved=os.path.isdir("runs/not_finite/stopped"))
+        return dict(error=str(error), unmoved=before == after,
+                    saved=os.path.isdir("runs/not_finite/stopped"))
     finally:
         ppo.compute_value_loss = real
 
 
 def in_processes_early_stop(out):
     """The KL that ends a rollout's epochs is one number in all processes."""
-    run, weights = train_divided(target_kl=1e-9, actor_lr=1e-2, self_check="stop", eval_prompts=DEMO_PROMPTS[30:33])
+    run, weights = train_divided(target_kl=1e-9, actor_lr=1e-2, self_check="stop",
+                                 eval_prompts=DEMO_PROMPTS[30:33])
     return dict(rollouts=run.state.rollout, evaluated=len(run.after), digest=digest(weights)[0][:2],
                 random=torch.rand(1).item())
 
@@ -3823,17 +3842,20 @@ def start_processes(folder, count, *names):
     """-> {name: its result in each process}"""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     out = subprocess.run(
-        [sys.executable, *torchrun, os.path.abspath(__file__), str(folder / "out"),
-         *names], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+        [sys.executable, *torchrun, os.path.abspath(__file__), str(folder / "out"), *names],
+        cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=240)
     assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-6000:]
     lines = [[json.loads(line) for line in open(folder / f"out.{i}.json")] for i in range(count)]
-    return {name: [next(r for r in of if r["name"] == name) for of in lines] for name in names} | {"log": out.stdout}
+    return {name: [next(r for r in of if r["name"] == name) for of in lines]
+            for name in names} | {"log": out.stdout}
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    return folder, {name: [globals()["in_processes_" + name](f"{folder}/out")] for name in ("same_weights", "memory")}
+    return folder, {name: [globals()["in_processes_" + name](f"{folder}/out")]
+                    for name in ("same_weights", "memory")}
 
 
 @pytest.fixture(scope="module")
@@ -3844,12 +3866,15 @@ def two_processes(tmp_path_factory):
 
 def assert_same(one_process, several):
     for name in ("plain", "busy", "ppo1"):
-        for a, b in zip(*(torch.load(folder / f"out.{name}.pt") for folder in (one_process[0], several[0]))):
+        for a, b in zip(*(torch.load(folder / f"out.{name}.pt")
+                          for folder in (one_process[0], several[0]))):
             assert a.keys() == b.keys()
             for key in a:
-                torch.testing.assert_close(a[key], b[key], atol=1e-5, rtol=0, msg=lambda m: f"{name} {key}: {m}")
+                torch.testing.assert_close(a[key], b[key], atol=1e-5, rtol=0,
+                                           msg=lambda m: f"{name} {key}: {m}")
     for result in several[1]["same_weights"]:  # KL controllers and running moments of scores
-        assert result["found"] == pytest.approx(one_process[1]["same_weights"][0]["found"], rel=1e-5)
+        assert result["found"] == pytest.approx(
+            one_process[1]["same_weights"][0]["found"], rel=1e-5)
 
 
 def test_two_processes_compute_the_update_of_one(one_process, two_processes):
@@ -3861,13 +3886,15 @@ def test_four_processes_compute_the_update_of_one(one_process, tmp_path):
     four = start_processes(tmp_path, 4, "same_weights", "memory")
     assert_same(one_process, (tmp_path, four))
     for name in ("weights", "adam"):
-        for whole, *parts in zip(one_process[1]["memory"][0][name], *(r[name] for r in four["memory"])):
+        for whole, *parts in zip(one_process[1]["memory"][0][name],
+                                 *(r[name] for r in four["memory"])):
             assert sum(parts) == whole and max(parts) < 0.27 * whole
 
 
 def test_each_process_holds_its_part_of_all_four_models(one_process, two_processes):
     for name in ("weights", "adam"):
-        for whole, *parts in zip(one_process[1]["memory"][0][name], *(r[name] for r in two_processes[1]["memory"])):
+        for whole, *parts in zip(one_process[1]["memory"][0][name],
+                                 *(r[name] for r in two_processes[1]["memory"])):
             assert sum(parts) == whole and max(parts) < 0.52 * whole
 
 
@@ -3888,7 +3915,8 @@ def test_processes_generate_without_keeping_step(two_processes):
 def test_two_processes_resume_to_the_bit(two_processes):
     for result in two_processes[1]["resume"]:
         assert result["path"] == "rollout-000002" and result["same"] and result["actor_moved"]
-        assert result["saved"] == 0  # the saved actor is an ordinary folder, with all of the weights
+        # the saved actor is an ordinary folder, with all of the weights
+        assert result["saved"] == 0
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(result["files"])
 
 
@@ -3926,7 +3954,8 @@ if __name__ == "__main__":
     ppo.start_processes()
     for name in names:
         start = time.time()
-        result = globals()["in_processes_" + name](out) | dict(name=name, rank=ppo.rank(), seconds=round(time.time() - start, 1))
+        result = globals()["in_processes_" + name](out) | dict(
+            name=name, rank=ppo.rank(), seconds=round(time.time() - start, 1))
         with open(f"{out}.{ppo.rank()}.json", "a") as file:
             file.write(json.dumps(result) + "\n")
     if ppo.world_size() > 1:
@@ -3942,7 +3971,8 @@ SOURCE = (HOME / "ppo.py").read_text()
 README = (HOME / "README.md").read_text()
 LINES = SOURCE.split("\n")
 END = next(i for i, line in enumerate(LINES) if line.startswith("# ---- the algorithm ends here"))
-OURS = {name: value for name, value in vars(ppo).items() if getattr(value, "__module__", "") == "ppo"
+OURS = {name: value for name, value in vars(ppo).items()
+        if getattr(value, "__module__", "") == "ppo"
         and isinstance(value, (types.FunctionType, type))}
 
 
@@ -3951,7 +3981,8 @@ def get_codes(thing):
     found = [thing.__code__] if hasattr(thing, "__code__") else []
     if isinstance(thing, type):
         found = [code for value in vars(thing).values() if isinstance(value, types.FunctionType)
-                 and value.__module__ == "ppo" and value.__name__ != "__init__" or inspect.isfunction(value)
+                 and value.__module__ == "ppo" and value.__name__ != "__init__"
+                 or inspect.isfunction(value)
                  for code in [value.__code__]]
     for code in found:
         found += [const for const in code.co_consts if isinstance(const, types.CodeType)]
@@ -3960,7 +3991,8 @@ def get_codes(thing):
 
 def get_globals_of(thing):
     thing = inspect.unwrap(thing) if callable(thing) else thing
-    return {instruction.argval for code in get_codes(thing) for instruction in dis.get_instructions(code)
+    return {instruction.argval for code in get_codes(thing)
+            for instruction in dis.get_instructions(code)
             if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
 
 
@@ -3984,7 +4016,8 @@ def test_the_house_keeps_its_measures():
     for node in ast.walk(ast.parse(SOURCE)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name
-    part = "\n".join(LINES[next(i for i, line in enumerate(LINES) if line.startswith("# ---- 1.")):END])
+    part = "\n".join(LINES[next(
+        i for i, line in enumerate(LINES) if line.startswith("# ---- 1.")):END])
     for word in ("demo", r"(?<!gradient_)checkpoint(?!ing)", "rank"):
         assert not re.search(rf"\b{word}\b", part), word
 
@@ -4006,7 +4039,8 @@ def test_equations_have_one_number_in_code_and_page_and_come_in_order():
 
 def test_importing_does_nothing(tmp_path):
     """No seed, no folder, no process group, no thread setting."""
-    code = ("import random, torch; a = torch.get_rng_state(), random.getstate(), torch.get_num_threads();"
+    code = ("import random, torch; "
+            "a = torch.get_rng_state(), random.getstate(), torch.get_num_threads();"
             "import ppo; b = torch.get_rng_state(), random.getstate(), torch.get_num_threads();"
             "assert a[0].equal(b[0]) and a[1:] == b[1:] and not torch.distributed.is_initialized()")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120,
@@ -4078,7 +4112,8 @@ def test_a_copied_piece_works_alone_and_prints_what_the_page_says(tmp_path, snip
     """Beside it lies nothing but the functions that it imports."""
     names = re.search(r"from ppo import (.*)", snippet)[1].split(", ")
     alone = ["import torch", "import torch.nn.functional as F"]
-    (tmp_path / "ppo.py").write_text("\n\n".join(alone + [inspect.getsource(OURS[n]) for n in names]))
+    (tmp_path / "ppo.py").write_text("\n\n".join(
+        alone + [inspect.getsource(OURS[n]) for n in names]))
     (tmp_path / "piece.py").write_text(snippet)
     out = subprocess.run([sys.executable, "piece.py"], cwd=tmp_path, capture_output=True, text=True,
                          timeout=120)
@@ -4121,7 +4156,8 @@ def test_the_constants_of_the_page_can_be_set_like_that(monkeypatch, tmp_path):
 def test_the_reward_function_of_the_page_gets_its_column(main):
     made = {}
     exec(OTHER_SNIPPETS[1], made)
-    Path("sums.jsonl").write_text('{"prompt": "a b", "answer": ""}\n{"prompt": "c", "answer": "none"}\n')
+    Path("sums.jsonl").write_text('{"prompt": "a b", "answer": ""}\n'
+                                  '{"prompt": "c", "answer": "none"}\n')
     _, _, rows = main(reward_fn=made["reward_fn"], prompts_file="sums.jsonl", rollout_batch_size=2,
                       train_batch_size=4, micro_train_batch_size=4)
     found = {(row.info["item"]["prompt"], row.info["raw_score"]) for row in rows}
@@ -4133,8 +4169,8 @@ def test_the_trained_actor_answers_as_the_page_calls_it(tmp_path):
     folder = tmp_path / "runs" / "demo" / "final"
     make_models(folder.parent)
     (folder.parent / "actor").rename(folder)
-    out = subprocess.run([sys.executable, "-c", OTHER_SNIPPETS[2]], cwd=tmp_path, capture_output=True,
-                         text=True, timeout=120)
+    out = subprocess.run([sys.executable, "-c", OTHER_SNIPPETS[2]], cwd=tmp_path,
+                         capture_output=True, text=True, timeout=120)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     question = re.search(r'"content": "(.*?)"', OTHER_SNIPPETS[2])[1]
     ids = tokenizer(f"<user> {question} <bot>", return_tensors="pt", return_token_type_ids=False)
@@ -4154,8 +4190,8 @@ def test_each_edit_by_sed_on_the_page_changes_one_constant():
     edits = re.findall(r"(sed (?:'[^']+'|\"[^\"]+\") ppo\.py) >", README)
     assert len(edits) >= 2
     for edit in edits:
-        made = subprocess.run(["bash", "-c", f"s=2; {edit}"], cwd=HOME, capture_output=True, text=True,
-                              check=True).stdout.split("\n")
+        made = subprocess.run(["bash", "-c", f"s=2; {edit}"], cwd=HOME, capture_output=True,
+                              text=True, check=True).stdout.split("\n")
         changed = [new for old, new in zip(LINES, made, strict=True) if new != old]
         assert len(changed) == 1 and changed[0].split(" = ")[0] in ppo.CONSTANTS, edit
 
@@ -4183,7 +4219,8 @@ def test_tensorboard_starts_as_the_page_says(tmp_path):
     command = re.search(r"^(tensorboard --logdir runs)\b", README, re.M)[1]
     (tmp_path / "runs").mkdir()
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command.split(), cwd=tmp_path, stdout=log, stderr=log, env=on_path())
+        process = subprocess.Popen(command.split(), cwd=tmp_path, stdout=log, stderr=log,
+                                   env=on_path())
         said, end = "", time.time() + 60
         while not re.search(r"http://localhost:6006/|port 6006", said) and time.time() < end:
             time.sleep(0.2)
@@ -4197,7 +4234,8 @@ def read_walk():
     """The page's trace, and the arithmetic below it
     -> lines of the trace, [(Eq., name, sum, result)]"""
     text = re.search(r"```text\n(  below .*?)\n\n(Eq\. 3 .*?)\n```", README, re.S)
-    return text[1].splitlines(), re.findall(r"Eq\. (\d+) +([\w ]+?) = (.+?) = (-?[\d.]+)(?=\s|$)", text[2])
+    return text[1].splitlines(), re.findall(
+        r"Eq\. (\d+) +([\w ]+?) = (.+?) = (-?[\d.]+)(?=\s|$)", text[2])
 
 
 def test_the_pages_trace_follows_from_what_is_printed():
@@ -4219,7 +4257,8 @@ def test_the_pages_trace_follows_from_what_is_printed():
             assert abs(x[name] - want) <= tolerance * 1.001, (t, name, x[name], want)
         outside = x["ratio"] > 1 + ppo.clip_eps if x["used"] > 0 else x["ratio"] < 1 - ppo.clip_eps
         assert bool(marks[t]) == outside
-    assert head["kl_coef"] == ppo.kl_coef and head["gamma"] == ppo.gamma and head["lambd"] == ppo.lambd
+    assert (head["kl_coef"] == ppo.kl_coef and head["gamma"] == ppo.gamma
+            and head["lambd"] == ppo.lambd)
 
 
 def test_the_pages_row_by_hand_is_a_row_of_its_trace():
@@ -4229,8 +4268,8 @@ def test_the_pages_row_by_hand_is_a_row_of_its_trace():
     assert [int(n) for n, *_ in sums] == [3, 7, 8, 9, 10, 11, 4, 5, 6]
     (row,) = [t for t, kl in enumerate(column["kl"]) if f"{kl:.4f}" == dict(
         (name, result) for _, name, _, result in sums)["kl"]]
-    known = {*head.values(), 0.0, 1.0, 2.0, 1 - ppo.clip_eps, *(values[t] for values in column.values()
-                                                               for t in (row, row + 1))}
+    known = {*head.values(), 0.0, 1.0, 2.0, 1 - ppo.clip_eps,
+             *(values[t] for values in column.values() for t in (row, row + 1))}
     for number, name, calculation, result in sums:
         value = eval(calculation, dict(exp=math.exp, min=min))
         assert abs(value - float(result)) <= 1.5e-4, (number, value, result)
@@ -4285,8 +4324,8 @@ def test_the_pairwise_loss_is_that_of_bradley_and_terry():
     """Eq. 12 by hand: a lead of 2 costs log(1 + e^-2) = 0.127, a lag of 1 costs 1.313."""
     loss = ppo.compute_reward_loss(torch.tensor([3.0, 0.0]), torch.tensor([1.0, 1.0]))
     assert loss.item() == pytest.approx((math.log1p(math.exp(-2)) + math.log1p(math.exp(1))) / 2)
-    assert ppo.compute_reward_loss(torch.tensor([8.0]), torch.tensor([6.0])).item() == pytest.approx(
-        0.126928, abs=1e-6)
+    assert ppo.compute_reward_loss(
+        torch.tensor([8.0]), torch.tensor([6.0])).item() == pytest.approx(0.126928, abs=1e-6)
 
 
 def test_gold_rewards_topic_tone_and_reason_and_nothing_outside_the_grammar():
@@ -4314,14 +4353,15 @@ def test_the_demo_tokenizer_reads_a_chat_as_it_was_trained():
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == "<user> which film fits tonight ? <bot>".split()
     chat += [{"role": "assistant", "content": "maybe take psycho ."}]
-    assert tokenizer.apply_chat_template(chat, tokenize=False) == (
-        "<user> which film fits tonight ? <bot> maybe take psycho . <eos>")  # as build_demo spells it
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == (  # as build_demo spells it
+        "<user> which film fits tonight ? <bot> maybe take psycho . <eos>")
     assert tokenizer.unk_token_id not in ids and tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
 # ==================================================================================================
-# J. Speed and memory: `python -m pytest -m benchmark -s`, one JSON line a run. Where TRL_PYTHON names
-#    a Python that has trl 1.12.0 (the last with PPO), it does the same work in turns with ours.
+# J. Speed and memory: `python -m pytest -m benchmark -s`, one JSON line a run. Where TRL_PYTHON
+#    names a Python that has trl 1.12.0 (the last with PPO), it does the same work in turns with
+#    ours.
 # ==================================================================================================
 
 WORKS = {  # model; rows, prompt, response, epochs, minibatch, micro-batch, updates; lengths vary?
@@ -4557,25 +4597,36 @@ def test_what_adapters_save(tmp_path):
 
 EXPERIMENTS = [  # what differs from the shipped constants; what one sees, and why
     ({}, "what ships"),
-    (dict(kl_coef=0.0), "distance is free and the reward is hacked: KL up, score up, gold down (Eq. 8)"),
-    (dict(kl_coef=1.0), "a nat costs as much as a whole point of score: stays near the reference (Eq. 8)"),
-    (dict(kl_in="loss"), "each token answers for its own KL, not for that of later ones: more KL (Eq. 7)"),
+    (dict(kl_coef=0.0),
+     "distance is free and the reward is hacked: KL up, score up, gold down (Eq. 8)"),
+    (dict(kl_coef=1.0),
+     "a nat costs as much as a whole point of score: stays near the reference (Eq. 8)"),
+    (dict(kl_in="loss"),
+     "each token answers for its own KL, not for that of later ones: more KL (Eq. 7)"),
     (dict(max_epochs=1), "4 steps a rollout, hardly ever clipped; learns a little less (Eq. 4)"),
-    (dict(max_epochs=16), "64 steps from one rollout: three times as much is clipped, and that holds it (Eq. 5)"),
+    (dict(max_epochs=16),
+     "64 steps from one rollout: three times as much is clipped, and that holds it (Eq. 5)"),
     (dict(clip_eps=100.0), "nothing is clipped; four epochs at this rate do little harm (Eq. 5)"),
     (dict(max_epochs=16, clip_eps=100.0), "the same without a clip: the policy breaks (Eq. 5)"),
-    (dict(policy_loss="ppo1", target_kl=0.02), "a penalty in place of the clip does as well (Eq. 5c)"),
-    (dict(actor_lr=5e-3), "ratios leave the range in which Eq. 4 means anything: less score, spoilt sentences"),
-    (dict(lambd=0.0), "one step of the critic is all: credit crawls back a token at a time (Eq. 9, 10)"),
+    (dict(policy_loss="ppo1", target_kl=0.02),
+     "a penalty in place of the clip does as well (Eq. 5c)"),
+    (dict(actor_lr=5e-3),
+     "ratios leave the range in which Eq. 4 means anything: less score, spoilt sentences"),
+    (dict(lambd=0.0),
+     "one step of the critic is all: credit crawls back a token at a time (Eq. 9, 10)"),
     (dict(lambd=1.0), "no trust in the critic: unbiased, noisier; short texts forgive it (Eq. 10)"),
-    (dict(gamma=0.9), "ten tokens before the end the score is worth 0.35: first words learn less (Eq. 9)"),
+    (dict(gamma=0.9),
+     "ten tokens before the end the score is worth 0.35: first words learn less (Eq. 9)"),
     (dict(whiten_advantages=False), "Adam divides the scale out anyway: little to see (Eq. 11)"),
-    (dict(clip_reward=0.2), "good and very good are worth the same, it stops at good (Eq. 8, Trap 6)"),
+    (dict(clip_reward=0.2),
+     "good and very good are worth the same, it stops at good (Eq. 8, Trap 6)"),
     (dict(n_samples_per_prompt=1, rollout_batch_size=128, episodes=12),
      "as many rows from more prompts: the critic is the baseline, not the siblings (Eq. 2)"),
-    (dict(critic_warmup=0), "V = 0 in the first rollout: the advantage is the return, more noise (Eq. 6)"),
+    (dict(critic_warmup=0),
+     "V = 0 in the first rollout: the advantage is the return, more noise (Eq. 6)"),
     (dict(value_clip_eps=0.2), "V may move by 0.2 of a score in a rollout (Eq. 6)"),
-    (dict(missing_eos_penalty=None), "nearly every reply of the demo ends by itself: nothing to punish (Eq. 8)"),
+    (dict(missing_eos_penalty=None),
+     "nearly every reply of the demo ends by itself: nothing to punish (Eq. 8)"),
 ]
 CHART = [dict(kl_coef=x, episodes=20) for x in (1.0, 0.2, 0.05, 0.02, 0.01, 0.0)]
 MEASURED = ("score", "gold", "KL", "clip", "sentences")
@@ -4633,7 +4684,8 @@ def run_experiments(folder, experiments, seeds, at_once=2):
 
 
 def name_change(changes):
-    return ", ".join(f"`{name}` {SHIPPED[name]} → {value}" for name, value in changes.items()) or "none"
+    return ", ".join(
+        f"`{name}` {SHIPPED[name]} → {value}" for name, value in changes.items()) or "none"
 
 
 def mean(numbers):
@@ -4656,26 +4708,29 @@ def bar(value, most, width=30):
 def has_no_effect(end, base):
     """Means as near to those of the shipped constants as seeds are to each other."""
     return all(abs(mean(end[name]) - mean(base[name])) < limit
-               for name, limit in (("score", 0.05), ("gold", 0.03), ("KL", 0.5), ("sentences", 0.03)))
+               for name, limit in (("score", 0.05), ("gold", 0.03), ("KL", 0.5),
+                                   ("sentences", 0.03)))
 
 
 def show_experiments(ends, chart, seeds):
     """-> the lines of the page between its two marks"""
-    lines = ["| constant: from → to | what you see, and why | score | gold | KL | clip | sentences |",
+    lines = ["| constant: from → to | what you see, and why | score | gold | KL | clip | "
+             "sentences |",
              "|---|---|---|---|---|---|---|"]
     for (changes, why), end in zip(EXPERIMENTS, ends):
         lines.append(f"| {name_change(changes)} | {why} | " + " | ".join(
             span(end[name]) for name in MEASURED) + " |")
     same = [name_change(changes) for (changes, _), end in zip(EXPERIMENTS[1:], ends[1:])
             if has_no_effect(end, ends[0])]
-    lines += ["", f"Makes no difference here (means of {len(seeds)} seeds within 0.05 in score, 0.03 in gold "
-              "and sentences, 0.5 in KL): " + ("; ".join(same) or "none of them") + ".", "",
+    lines += ["", f"Makes no difference here (means of {len(seeds)} seeds within 0.05 in score, "
+              "0.03 in gold and sentences, 0.5 in KL): "
+              + ("; ".join(same) or "none of them") + ".", "",
               "```text", f"{'kl_coef':8}{'KL':>5}   {'score':35}gold"]
     most = max(mean(end["score"]) for end in chart)
     for changes, end in zip(CHART, chart):
         score, gold = mean(end["score"]), mean(end["gold"])
-        lines.append(f"{changes['kl_coef']:<8}{mean(end['KL']):5.1f}   {score:5.2f} {bar(score, most, 28)}"
-                     f"{gold:5.2f} {bar(gold, 1.0, 28)}".rstrip())
+        lines.append(f"{changes['kl_coef']:<8}{mean(end['KL']):5.1f}   {score:5.2f} "
+                     f"{bar(score, most, 28)}{gold:5.2f} {bar(gold, 1.0, 28)}".rstrip())
     return lines + ["```"]
 
 
@@ -4708,5 +4763,6 @@ def test_experiments(tmp_path, seeds=(1, 2, 3)):
     print("", MARKS[0], *show_experiments(ends, chart, seeds), MARKS[1], sep="\n")
     near, hacked = (next(end for changes, end in zip(CHART, chart) if changes["kl_coef"] == kl)
                     for kl in (0.05, 0.0))
-    assert mean(hacked["score"]) > mean(near["score"]) and mean(hacked["gold"]) < 0.5 < mean(near["gold"])
+    assert (mean(hacked["score"]) > mean(near["score"])
+            and mean(hacked["gold"]) < 0.5 < mean(near["gold"]))
     assert mean(ends[0]["gold"]) > 0.9 and mean(ends[0]["sentences"]) > 0.9
