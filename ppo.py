@@ -81,10 +81,10 @@ micro_rollout_batch_size = 128  # rows per `generate`: as many as fit
 max_new_tokens = 24
 temperature = 1.0               # of sampling and of scoring alike (Trap 8)
 missing_eos_penalty = 1.0       # off the score of a response that did not end; None: nothing
-truncated = "terminal"          # a response cut at max_new_tokens is over; "bootstrap": V goes on
+truncated = "terminal"          # a cut response earns its score as it stands; "bootstrap": V(s_T)
 
 # Learning
-max_epochs = 4                  # passes over a rollout: more learn faster until the clip stops them
+max_epochs = 4                  # passes over a rollout: more learn more, until most is clipped
 train_batch_size = 64           # rows per optimizer step; divides the rows of a rollout
 micro_train_batch_size = 64     # rows per forward and backward, and for scoring: the memory knob
 actor_lr = 5e-4                 # 5e-7 to 1e-5 for real models
@@ -104,10 +104,10 @@ value_clip_eps = None           # keeps V near the rollout's V; None: free
 huber_delta = None              # errors of V beyond it count linearly; None: squared
 loss_agg = "token-mean"         # or "seq-mean-token-mean", "seq-mean-token-sum" (Trap 18)
 entropy_coef = 0.0              # above 0 rewards randomness, and costs a softmax
-target_kl = None                # KL(old, new) that ends a rollout's epochs; PPO1: its target
+target_kl = None                # nats a token, KL(old, new): ends a rollout's epochs; PPO1's goal
 gamma = 1.0                     # below 1 the first tokens do not see the score (Trap 4)
 lambd = 0.95                    # GAE: 1 trusts the rewards (noise), 0 trusts the critic (bias)
-whiten_advantages = True        # over the rollout: actor_lr means the same at any scale of scores
+whiten_advantages = True        # over the rollout: entropy_coef means the same at any scale
 
 # KL and reward
 kl_coef = 0.05                  # price of a nat of distance from the reference
@@ -223,7 +223,7 @@ class Critic(nn.Module):
     def __init__(self, base_model):
         super().__init__()
         self.base_model = copy.deepcopy(base_model).requires_grad_(True)
-        hidden_size = base_model.config.get_text_config().hidden_size
+        hidden_size = base_model.get_input_embeddings().weight.shape[1]  # not OPT's hidden_size
         self.value_head = nn.Linear(hidden_size, 1, device=base_model.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -258,11 +258,11 @@ def compute_policy_loss(log_probs, old_log_probs, advantages, action_mask=None, 
     clip to [1 - clip_eps, 1 + clip_eps_high]; where A < 0, at most -dual_clip A.
 
     (B, T) each -> scalar. clip_eps None: no clipping (PPO1). loss_agg: "token-mean",
-    "seq-mean-token-mean", "seq-mean-token-sum"; denominator: the tokens (the rows, for the latter
-    two) of the whole optimizer step, when this call is a part of it. ValueError: other loss_agg.
+    "seq-mean-token-mean", "seq-mean-token-sum"; denominator: what the sum is divided by where this
+    call is a part of an optimizer step: all tokens of that (of the last two: all rows). ValueError:
+    another loss_agg.
     Schulman et al. 2017 (arXiv 1707.06347), Eq. 6-7; dual clip: Ye et al. 2020 (1912.09729)."""
-    mask = torch.ones_like(log_probs) if action_mask is None else action_mask
-    mask = mask.bool()
+    mask = (torch.ones_like(log_probs) if action_mask is None else action_mask).bool()
     # Masked before exp: garbage on padding would become inf, and inf * 0 is NaN (Trap 22). In the
     # backward too, hence the clamp: e^20 is far beyond every clip, e^89 is inf in fp32.
     log_ratio = (log_probs - old_log_probs).masked_fill(~mask, 0.0).clamp(max=20.0)
@@ -292,8 +292,7 @@ def compute_value_loss(values, old_values, returns, action_mask=None, clip_eps=N
     old_values. No further half, no coefficient: the critic has its own optimizer. loss_agg,
     denominator, ValueError: as in compute_policy_loss. Huber 1964; the clip is not in a paper, it
     comes from OpenAI's baselines (ppo2)."""
-    mask = torch.ones_like(values) if action_mask is None else action_mask
-    mask = mask.bool()
+    mask = (torch.ones_like(values) if action_mask is None else action_mask).bool()
 
     def error_loss(predicted):
         error = (predicted - returns).masked_fill(~mask, 0.0)
@@ -356,9 +355,8 @@ def get_advantages_and_returns(values, rewards, action_mask, gamma, lambd, last_
     (B, T) each -> (advantages, returns), (B, T), detached, 0 where the mask is 0 (None: all real).
     After the last real token of a row V is last_values (B,): by default 0, the response has ended.
     dones (B, T): episodes inside a row, as in a simulator; nothing flows back across one.
-    Schulman et al. 2016 (arXiv 1506.02438), Eq. 12 and 16."""
-    mask = torch.ones_like(values) if action_mask is None else action_mask
-    mask = mask.bool()
+    Schulman et al. 2016 (arXiv 1506.02438), section 3."""
+    mask = (torch.ones_like(values) if action_mask is None else action_mask).bool()
     values, rewards = values.masked_fill(~mask, 0.0), rewards.masked_fill(~mask, 0.0)
     dones = torch.zeros_like(mask) if dones is None else dones.bool() & mask
     lastgaelam = torch.zeros_like(values[:, 0])
@@ -396,7 +394,7 @@ def anneal_kl_coef(fraction, kl_coef, kl_coef_start):
 def adapt_kl_coef(kl_coef, kl, kl_target, rows, kl_horizon):
     """Larger where kl, nats per response, is above its target. Ziegler et al. 2019, section 2.2."""
     error = min(max(kl / kl_target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * rows / kl_horizon)
+    return kl_coef * (1 + error * min(rows / kl_horizon, 1))
 
 def adapt_ppo1_beta(ppo1_beta, kl, target_kl):
     """The coefficient of PPO1's penalty, from KL(old, new). Schulman et al. 2017, section 4."""
@@ -522,6 +520,7 @@ def generate_samples(prompts, model, actor_tokenizer, max_length, max_new_tokens
             [item["text"] for item in part], add_special_tokens=add_special_tokens, padding=True,
             truncation=True, max_length=max_length, return_tensors="pt").to(model.device)
         prompt_ids, prompt_mask = inputs["input_ids"], inputs["attention_mask"]  # (B, P)
+        # Whole layers (section 13), bf16 (2), one random number a token (15).
         with undivided(model), autocast(model), inverse_cdf(), plain_sampling(
                 model, end_tokens, actor_tokenizer.pad_token_id, temperature, max_new_tokens):
             seqs = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask)
@@ -555,7 +554,7 @@ def compute_scores(prompts, responses, reward_model, reward_tokenizer=None,
         with autocast(reward_model):  # no position_ids: encoders count in their own way (Trap 11)
             logits = reward_model(**batch.to(reward_model.device)).logits  # (B, 1)
         scores.update(zip(part, logits.squeeze(-1).tolist()))
-    return [scores[i] for i in range(len(inputs))]
+    return check_scores([scores[i] for i in range(len(inputs))], responses, "reward_name")
 
 def to_rows(samples_list):
     """Samples -> list of Experience, a row each, without padding."""
@@ -576,7 +575,8 @@ def generate_experiences(samples_list, actor_model, critic_model, reward_model, 
                          score_moments=None, missing_eos_penalty=None, truncated="terminal",
                          whiten_rewards=False, whiten_advantages=True, gamma=1.0, lambd=0.95):
     """Samples -> complete rows: what four models say (Eq. 3, 7), rewards (Eq. 8), advantages and
-    returns (Eq. 9-11). score_moments: updated with the scores, which it then normalises."""
+    returns (Eq. 9-11). score_moments: [count, mean, squares about it] of all scores so far; given,
+    it takes these in and normalises them."""
     rows, bootstrap = to_rows(samples_list), truncated == "bootstrap"
     for part in split_by_length(rows, micro_train_batch_size):
         batch = collate_fn(part)
@@ -602,16 +602,16 @@ def generate_experiences(samples_list, actor_model, critic_model, reward_model, 
     for row, raw_score in zip(rows, raw_scores):
         row.info["raw_score"] = raw_score
 
-    rows = gather_rows(rows)  # now the whole rollout: means from here on are over all of it
+    rows = gather_rows(rows)  # of all processes: means from here on are over the whole rollout
     batch = collate_fn(rows)
     action_mask = batch.action_mask
-    scores = torch.tensor([row.info["raw_score"] for row in rows], dtype=torch.float64)  # (B,)
+    told = [(row.info["raw_score"], row.info["ended"]) for row in rows]
+    scores, ended = torch.tensor(told, dtype=torch.float64).T  # (B,) each
     if score_moments is not None:
         mean, std = update_moments(score_moments, scores)
         scores = (scores - mean) / (std + 1e-8)
-    if missing_eos_penalty is not None:
-        scores -= missing_eos_penalty * torch.tensor([not row.info["ended"] for row in rows])
-    scores = scores.to(batch.values)
+    scores = scores * ended if bootstrap else scores  # V(s_T) and a score: paid twice (Trap 28)
+    scores = (scores - (missing_eos_penalty or 0.0) * (1 - ended)).to(batch.values)
     kl = compute_approx_kl(batch.old_action_log_probs, batch.ref_action_log_probs, action_mask)
     in_reward = kl_coef if kl_in == "reward" else 0.0
     rewards = compute_rewards(kl, scores, action_mask, in_reward, clip_reward)
@@ -636,8 +636,8 @@ def compute_penalty(action_log_probs, batch, entropy, ppo1_beta, kl_loss_coef, e
     kl = compute_approx_kl(old_action_log_probs, action_log_probs, mask, "k3")
     penalty = ppo1_beta * kl
     if kl_loss_coef:
-        # k2's gradient is that of the token's own KL (not of the KL of tokens after it), under the
-        # policy that sampled. That is the policy of now at the first step alone: hence the ratio.
+        # k2's gradient is k1 grad log pi: that of the token's own KL (not of the tokens' after it)
+        # if the policy of now drew the token. The old one did: hence the ratio.
         ratio = (action_log_probs - old_action_log_probs).masked_fill(mask == 0, 0.0).detach().exp()
         k2 = compute_approx_kl(action_log_probs, batch.ref_action_log_probs, mask, "k2")
         penalty = penalty + kl_loss_coef * ratio * k2
@@ -651,7 +651,7 @@ def train_step(experience, actor_model, critic_model, actor_optimizer, critic_op
     """One optimizer step of actor and critic on a list of rows -> dict of floats, means over the
     real tokens of the step. Changes weights and nothing else. FloatingPointError: a loss or a
     gradient is not finite; no weight has moved then."""
-    share, metrics = my_share(experience), defaultdict(float)
+    share, metrics = my_share(experience), defaultdict(float)  # of several processes, else all
     # One denominator for the whole step: a mean of micro-batch means would weigh the tokens of a
     # short micro-batch more (Trap 19).
     tokens = sum(len(row.action_mask) for row in experience)
@@ -664,7 +664,7 @@ def train_step(experience, actor_model, critic_model, actor_optimizer, critic_op
         inputs, action_mask = (batch.seqs, batch.attention_mask), batch.action_mask
         num_actions, old_action_log_probs = action_mask.shape[1], batch.old_action_log_probs
         if update_actor:
-            with recomputing(actor_model), untied(actor_model):
+            with recomputing(actor_model), untied(actor_model):  # less memory, the same numbers
                 output = compute_log_probs(actor_model, *inputs, num_actions, temperature,
                                            with_entropy=entropy_coef != 0)
                 action_log_probs, entropy = output if entropy_coef else (output, None)
@@ -673,7 +673,7 @@ def train_step(experience, actor_model, critic_model, actor_optimizer, critic_op
                     clip_eps, clip_eps_high, dual_clip, **agg)
                 penalty = compute_penalty(action_log_probs, batch, entropy, ppo1_beta,
                                           kl_loss_coef, entropy_coef)
-                # At ratio 1 the policy loss is the mean of -A: the same mean for the penalty.
+                # At ratio 1 the policy loss is the mean of -A: with A = -penalty, of the penalty.
                 here = action_log_probs.detach()
                 penalty = compute_policy_loss(here, here, -penalty, action_mask, None, **agg)
                 (policy_loss + penalty).backward()
@@ -699,7 +699,7 @@ def train_step(experience, actor_model, critic_model, actor_optimizer, critic_op
 def evaluate(dataset, actor_model, critic_model, reward_model, ref_model, sampling, scoring, seed):
     """One response to each held-out prompt -> list of rows. Its random numbers are the same each
     time, and those of training stay as they were."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([actor_model.device] * (actor_model.device.type == "cuda")):
         torch.manual_seed(seed)
         samples_list = generate_samples(
             my_share(list(dataset)), actor_model, **{**sampling, "n_samples_per_prompt": 1})
@@ -752,7 +752,7 @@ def train(prompts_dataset, eval_dataset, actor_model, critic_model, reward_model
             kl = sum(row.kl.sum().item() for row in buffer.rows) / rows
             state.kl_coef = adapt_kl_coef(state.kl_coef, kl, kl_target, rows, kl_horizon)
         if policy_loss == "ppo1" and state.rollout >= critic_warmup:
-            state.ppo1_beta = adapt_ppo1_beta(state.ppo1_beta, run.mean("approx_kl"), target_kl)
+            state.ppo1_beta = adapt_ppo1_beta(state.ppo1_beta, run.last_kl(), target_kl)
         run.finish_rollout(buffer.rows)  # log, evaluate, save
         buffer.clear()
     return run.finish()
@@ -916,25 +916,27 @@ def show(text):
 CHARTS = {  # TensorBoard's page: what a tag is; or that, healthy from, to, and where else to look
     "4 models: score and gold": {
         "reward/score_mean": "score of a response, raw", "reward/after_kl": "score - kl_coef KL",
-        "reward/score_std": ("its deviation", 1e-6, None, "scores are equal: look at the reward"),
-        "reward/gold": "gold_fn of a response",
+        "reward/score_std": ("deviation of scores", 1e-6, None, "all equal: look at the reward"),
+        "reward/gold": "gold score of a response",
         "reward/gold_lost": ("gold below its best", None, 0.1, "reward is hacked: raise kl_coef")},
     "4 models: KL to the reference": {
         "kl/ref_k1": ("nats a response", -0.5, None, "sampling and scoring differ: Trap 8"),
         "kl/ref_k3": ("the same, never negative", None, 100, "far from ref: raise kl_coef")},
-    "4 models: KL's price": {"kl/kl_coef": "of a nat", "kl/ppo1_beta": "of KL(old, new)"},
+    "4 models: price of KL": {
+        "kl/kl_coef": "price of a nat", "kl/ppo1_beta": "price of a nat of KL(old, new)"},
     "4 models: what V knows": {
-        "value/explained_variance": ("1: V knows all", -0.5, None, "lower critic_lr"),
+        "value/explained_variance": ("1: V knows all", 0, None, "critic_warmup up, critic_lr down"),
         "rollout/advantage_std": "before whitening"},
     "4 models: entropy, share that ended": {
         "policy/entropy": ("nats a token", 0.01, None, "collapse: raise kl_coef or entropy_coef"),
-        "rollout/ended": ("of responses", 0.05, None, "raise max_new_tokens, missing_eos_penalty")},
-    "4 models: response length": {"rollout/response_length": "tokens"},
+        "rollout/ended": ("share of responses", 0.05, None, "raise missing_eos_penalty")},
+    "4 models: response length": {
+        "rollout/response_length": ("tokens", 2, None, "empty: lower missing_eos_penalty")},
     "2 losses: policy_loss, tokens clipped": {
         "policy_loss": "its value is no progress: Trap 26",
         "policy/approx_kl": ("KL(old, new) a token", None, 0.1, "lower actor_lr, set target_kl"),
-        "policy/clip_upper": ("share of tokens", None, 0.2, "lower actor_lr or max_epochs"),
-        "policy/clip_lower": ("share of tokens", None, 0.2, "lower actor_lr or max_epochs")},
+        "policy/clip_fraction": ("share of tokens", 1e-9, 0.3, "lower actor_lr; at 0 raise it"),
+        "policy/clip_upper": "of it good tokens", "policy/clip_lower": "of it bad tokens"},
     "2 losses: ratio": {
         "policy/ratio_mean": ("pi / pi_old", 0.9, 1.1, "steps are too large: lower actor_lr"),
         "policy/ratio_max": ("pi / pi_old", None, 100, "steps are too large: lower actor_lr")},
@@ -944,7 +946,7 @@ CHARTS = {  # TensorBoard's page: what a tag is; or that, healthy from, to, and 
     "loop: learning rates": {"policy/actor_lr": "as scheduled", "value/critic_lr": "as scheduled"},
     "loop: gradient norms": {
         "policy/actor_grad_norm": "before clipping", "value/critic_grad_norm": "before clipping"},
-    "loop: tokens a second": {"time/tokens_per_second": "of responses"},
+    "loop: tokens a second": {"time/tokens_per_second": "response tokens"},
     "loop: seconds": {"time/generate": "seconds", "time/score": "seconds", "time/train": "seconds"},
 }
 METRICS = {tag: row if isinstance(row, tuple) else (row, None, None, "")
@@ -955,14 +957,15 @@ def add_policy_metrics(metrics, policy_loss, action_log_probs, batch, clip_eps, 
     mask = batch.action_mask.bool()
     log_ratio = (action_log_probs - batch.old_action_log_probs)[mask]
     ratio, advantages = log_ratio.exp(), batch.advantages[mask]
-    low = math.inf if clip_eps is None else clip_eps
-    high = low if clip_eps_high is None else clip_eps_high
     metrics["policy_loss"] += policy_loss.item()
     metrics["ratio_mean"] += ratio.sum().item()
     metrics["ratio_max"] = max(metrics["ratio_max"], ratio.max().item())
     metrics["approx_kl"] += (ratio - 1 - log_ratio).sum().item()
-    metrics["clip_upper"] += ((ratio > 1 + high) & (advantages > 0)).sum().item()
-    metrics["clip_lower"] += ((ratio < 1 - low) & (advantages < 0)).sum().item()
+    if clip_eps is not None:
+        high = clip_eps if clip_eps_high is None else clip_eps_high
+        metrics["clip_upper"] += ((ratio > 1 + high) & (advantages > 0)).sum().item()
+        metrics["clip_lower"] += ((ratio < 1 - clip_eps) & (advantages < 0)).sum().item()
+        metrics["clip_fraction"] = metrics["clip_upper"] + metrics["clip_lower"]
 
 def add_value_metrics(metrics, value_loss, values, batch, value_clip_eps):
     moved = (values - batch.values)[batch.action_mask.bool()].abs()
@@ -1075,10 +1078,14 @@ class Run:
                 yield experience
                 step += 1
 
-    def mean(self, name):
-        """Of a train_step metric over the rollout's steps, weighted by their tokens."""
-        return (sum(step[name] * step["tokens"] for step in self.steps)
-                / sum(step["tokens"] for step in self.steps))
+    def mean(self, name, steps=None):
+        """Of a train_step metric over the rollout's steps, or some, weighted by their tokens."""
+        tokens = [(step[name], step["tokens"]) for step in steps or self.steps]
+        return sum(value * n for value, n in tokens) / sum(n for _, n in tokens)
+
+    def last_kl(self):
+        """KL(old, new) a token, of the last epoch: in the first steps the new policy is the old."""
+        return self.mean("approx_kl", self.steps[-(len(self.steps) // max_epochs):])
 
     @contextlib.contextmanager
     def phase(self, name):
@@ -1130,7 +1137,7 @@ class Run:
         m = defaultdict(float, metrics)  # 0 for the policy's while only the critic learns
         say(f"ep {episode:2d} rollout {done:3d}/{self.rollouts} score {m['score_mean']:6.2f} "
             f"kl {m['ref_k1']:5.2f} loss {m['policy_loss']:6.3f} {m['value_loss']:6.3f} "
-            f"clip {m['clip_upper'] + m['clip_lower']:.2f} len {m['response_length']:4.1f} "
+            f"clip {m['clip_fraction']:.2f} len {m['response_length']:4.1f} "
             f"{m['tokens_per_second']:5.0f} tok/s {left // 60}:{left % 60:02d} left")
         self.log(metrics)
         if trace_every and done % trace_every == 0:
@@ -1289,7 +1296,7 @@ def load_checkpoint(path, run):
     """Puts everything back: with half of Adam's state it would be another run (Trap 30).
     InputError: it is of other models, or a constant that cannot change was changed."""
     try:
-        rest = torch.load(f"{path}/rest.pt", weights_only=True)  # runs no pickle
+        rest = torch.load(f"{path}/rest.pt", map_location="cpu", weights_only=True)  # no pickle
         for name, old in rest["constants"].items():
             new = get_constants().get(name)
             if new != old and name in ("actor_name", "critic_name", "lora_rank"):
@@ -1315,6 +1322,8 @@ def load_checkpoint(path, run):
             shutil.rmtree(newer + ".aside", ignore_errors=True)
             os.rename(newer, newer + ".aside")
     run.state = State(**rest["state"])
+    if kl_target is None:  # else the adapted one goes on
+        run.state.kl_coef = kl_coef
     say(f"resumed from {path}")
 
 # ---- 12. Self-check ----------------------------------------------------------------------------
@@ -1969,7 +1978,7 @@ def main():
     show_bill()
     models = [place(model) for model in make_models(load_model)]
     if reward_tokenizer:
-        models[2].config.pad_token_id = reward_tokenizer.pad_token_id
+        models[2].config.get_text_config().pad_token_id = reward_tokenizer.pad_token_id
         if reward_tokenizer.pad_token_id == reward_tokenizer.eos_token_id:
             say("reward_name pads with its end token: it will score at the token before the end")
     for half in glob.glob(run_folder() + "/**/*.tmp", recursive=True) if rank() == 0 else []:

@@ -1277,16 +1277,18 @@ def test_trap_27_gradients_explode():
 
 
 @museum((*GOES_ON, "goes_on = False"), (*GOES_ON, "goes_on = bootstrap"),
+        ("generate_experiences", "scores * ended if bootstrap else scores", "scores"),
         (*GOES_ON, 'goes_on = not row.info["ended"]', "with_last=bootstrap", "with_last=True"),
         ("get_action_mask", IN_THE_MASK, "F.pad(is_end.cumsum(-1), (2, -2)) == 0"))
 def test_trap_28_a_truncated_answer_counts_as_a_finished_one_or_earns_more():
-    """The value after the end is always 0, or always V; or the score is on the pad behind EOS."""
+    """The value after the end is always 0, or always V; a cut answer earns V and a score: returns
+    then grow without end; or the score is on the pad behind EOS."""
     found = []
-    for truncated, score in (("terminal", 1.0), ("bootstrap", 0.0)):
-        finished, cut = experience([[A, B, EOS], [A, B, C, A, B]], score, kl_coef=0.0,
+    for truncated in "terminal", "bootstrap":
+        finished, cut = experience([[A, B, EOS], [A, B, C, A, B]], 1.0, kl_coef=0.0,
                                    critic=make_critic(value=0.5), truncated=truncated)
         found += [finished.advantages[2].item(), cut.advantages[-1].item()]
-    assert found == [0.5, 0.5, -0.5, 0.0]
+    assert found == [0.5, 0.5, 0.5, 0.0]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -1361,6 +1363,7 @@ def test_trap_30_half_of_the_state_is_missing_after_a_resume(tmp_path, monkeypat
 FAMILIES = {
     "qwen2": {}, "qwen3": dict(head_dim=8), "llama": {}, "gpt2": {}, "gpt_neox": {},
     "mistral": dict(sliding_window=4), "granite": dict(logits_scaling=3.0),
+    "opt": dict(ffn_dim=32, word_embed_proj_dim=8, init_std=0.3),  # its body's output is 8 wide
     "gemma2": dict(head_dim=8, final_logit_softcapping=0.5, sliding_window=4)}
 WORDS_C = "<pad> <eos> a b c d e f g h i j".split()
 SPECIAL = "<pad> <eos> <|im_start|> <|im_end|> <bos>".split()
@@ -1632,6 +1635,14 @@ def test_every_family_trains_and_only_the_trained_weights_move(family, go, capsy
     assert abs(run.steps[0]["ratio_max"] - 1) < 1e-5
     assert not torch.equal(weights(run.actor), before) and torch.equal(weights(run.ref), before)
     assert weights(run.critic)[-17:].abs().max() > 0 and torch.isfinite(weights(run.actor)).all()
+
+
+def test_a_reward_model_that_returns_nan_is_named():
+    """And not the learning rates, when the losses are not finite later."""
+    reward = make_reward_model("llama")
+    reward.score.weight.data.fill_(math.nan)
+    with pytest.raises(ppo.InputError, match="^reward_name has to return 1 finite floats"):
+        ppo.compute_scores(["a"], ["b"], reward, word_tokenizer(), False)
 
 
 @pytest.fixture
@@ -2465,6 +2476,7 @@ def test_an_adaptive_kl_coef_follows_the_measured_kl(go):
         assert run.scalars["kl/kl_coef"][n] == pytest.approx(price)
         price *= 1 + max(-0.2, min(0.2, kl / 2.0 - 1)) * 6 / 30
     assert price != 0.05
+    assert 0 < ppo.adapt_kl_coef(0.05, 0.0, 2.0, 1024, 100) < 0.05  # never a reward for distance
 
 
 @pytest.mark.usefixtures("small")
@@ -2640,10 +2652,11 @@ PROVOKED = {  # tag: a small run in which it leaves its range, and says so
     "kl/ref_k1": samples_from_another,
     "kl/ref_k3": lambda: dict(ref=sharp(300.0)),
     "rollout/ended": lambda: dict(actor=with_end_logit(-1e4)),
+    "rollout/response_length": lambda: dict(actor=with_end_logit(1e4)),
     "policy/ratio_mean": lambda: samples_from_another(5.0) | FAST | dict(clip_eps=1e9),
     "policy/ratio_max": lambda: samples_from_another(5.0) | FAST | dict(clip_eps=1e9),
-    "policy/clip_upper": lambda: FAST | dict(clip_eps=1e-5, actor_lr=1e-3),
-    "policy/clip_lower": lambda: FAST | dict(clip_eps=1e-5, actor_lr=1e-3),
+    "policy/clip_fraction": lambda: FAST | dict(clip_eps=1e-5, actor_lr=1e-3),
+    "policy/clip_fraction at 0": lambda: dict(actor_lr=1e-9),
     "policy/approx_kl": lambda: samples_from_another(5.0) | FAST,
     "policy/entropy": lambda: dict(actor=sharp(300.0)),
     "value/value_clip_fraction": lambda: dict(value_clip_eps=1e-4, critic_lr=0.1, max_epochs=4),
@@ -2654,20 +2667,21 @@ PROVOKED = {  # tag: a small run in which it leaves its range, and says so
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("tag", PROVOKED)
 def test_each_advice_is_provoked_by_a_run_that_needs_it(tag, go, capsys):
-    run = go(**PROVOKED[tag]())
+    run, tag = go(**PROVOKED[tag]()), tag.removesuffix(" at 0")
     seen = capsys.readouterr().out
     assert (tag, ppo.METRICS[tag][3]) in advised(seen), run.scalars[tag]
     assert len([line for line in seen.splitlines() if line.startswith(f"  ! {tag} ")]) == 1
 
 
 def test_each_range_of_the_metrics_has_its_run():
-    assert {tag for tag, _ in BOUNDS} == {*PROVOKED}
+    assert {tag + " at 0" * (tag == "policy/clip_fraction" and side == 1)
+            for tag, side in BOUNDS} == {*PROVOKED}
 
 
 @pytest.mark.usefixtures("small")
 def test_a_run_in_good_health_is_given_no_advice(go, capsys):
-    go(actor_lr=1e-5, episodes=8)
-    assert advised(capsys.readouterr().out) == []
+    run = go(actor_lr=3e-4, max_epochs=4, episodes=8, clip_eps=0.1)
+    assert advised(capsys.readouterr().out) == [], run.scalars["policy/clip_fraction"]
 
 
 # ==================================================================================================
@@ -2742,8 +2756,8 @@ class EnumerableWorld:
 
 def train_in_world(monkeypatch, kind, seed, rollouts=200, **constants):
     """ppo.train on 256 responses a rollout, 4 epochs, minibatches of 64 -> share
-    of the gap closed. Beyond that: kl_coef annealed from 3 (from 1: additive 0.999, 0.962, 0.977),
-    advantages not whitened, lambd 1 (no bias from the critic), and the rates down to 0."""
+    of the gap closed. Beyond that: kl_coef annealed from 3, advantages not whitened, lambd 1 (no
+    bias from the critic), and the rates down to 0."""
     world = EnumerableWorld(kind, seed)
     rows = dict(rollout_batch_size=64, n_samples_per_prompt=4, micro_rollout_batch_size=256,
                 max_epochs=4, train_batch_size=64, micro_train_batch_size=256)
@@ -2793,15 +2807,25 @@ def test_a_short_run_of_train_comes_near_the_best_policy_that_there_is(monkeypat
     assert closed > 0.93
 
 
+SETTINGS = {  # the page's rows: what differs from `train_in_world`, least closed of each kind
+    "best": ({}, dict(additive=0.9965, random=0.95)),
+    "from 1": (dict(kl_coef_start=1.0), {}),
+    "never": (dict(kl_coef_start=None), {}),
+    "whitened": (dict(whiten_advantages=True), {}),
+    "in loss": (dict(kl_in="loss"), {})}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("kind,threshold", [("additive", 0.9965), ("random", 0.95)])
-def test_train_closes_the_gap_to_the_best_policy_that_there_is(monkeypatch, kind, threshold, seed):
+@pytest.mark.parametrize("kind", ["additive", "random"])
+@pytest.mark.parametrize("row", SETTINGS)
+def test_train_closes_the_gap_to_the_best_policy_that_there_is(monkeypatch, row, kind, seed):
     """Guards that little but sampling noise stands between train and the optimum, on scores that
-    are a sum over tokens and on scores drawn for each response. Closed: 0.998 to 1.000, and 0.977
-    to 0.992. TRL 1.12, in another world of this kind, reached at as many responses
-    and the best of four rates 0.986 to 0.996, and 0.77 to 0.89."""
-    assert train_in_world(monkeypatch, kind, seed) > threshold
+    are a sum over tokens and on scores drawn for each response."""
+    constants, least = SETTINGS[row]
+    closed = train_in_world(monkeypatch, kind, seed, **constants)
+    print(json.dumps(dict(row=row, kind=kind, seed=seed, closed=round(closed, 4))))
+    assert closed > least.get(kind, 0.5)
 
 
 # ==================================================================================================
@@ -3244,11 +3268,15 @@ def test_a_planted_pickle_is_not_executed(whole, finished, tmp_path, name, inste
 
 def test_changed_constants_are_listed_or_refused_and_nothing_is_logged_twice(whole, finished,
                                                                              tmp_path):
-    """A finished run, resumed, has nothing left to do. keep_checkpoints = 2 has kept two."""
+    """A finished run, resumed, has nothing left to do. keep_checkpoints = 2 has kept two. A new
+    kl_coef counts: it is a part of the state for an adaptive one alone."""
     shutil.copytree(whole.base / "actor", tmp_path / "other")
     refused = dict(actor_name=str(tmp_path / "other"), critic_name="other", lora_rank=2)
+    load_checkpoint = ppo.load_checkpoint
 
     def hook():
+        ppo.load_checkpoint = lambda path, run: (
+            load_checkpoint(path, run), print("its kl_coef is", run.state.kl_coef))
         for name, value in refused.items():
             old, _ = getattr(ppo, name), setattr(ppo, name, value)
             try:
@@ -3257,13 +3285,16 @@ def test_changed_constants_are_listed_or_refused_and_nothing_is_logged_twice(who
                 print("refused:", error)
             setattr(ppo, name, old)
 
-    constants = whole.constants | dict(resume="latest", actor_lr=0.5, gamma=0.9)
+    constants = whole.constants | dict(resume="latest", actor_lr=0.5, gamma=0.9, kl_coef=0.7,
+                                       kl_target=None)
     code, log = run(tmp_path, constants, hook)
     assert code == 0, log
     said = re.findall(r"refused: .*: (\w+) = '?(.*?)'? cannot change on resume", log)
     assert said == [(name, str(value)) for name, value in refused.items()]
-    assert re.findall(r"resume: (\w+) was (.*), now (.*)", log)[-2:] == [
-        ("actor_lr", "0.01", "0.5"), ("gamma", "1.0", "0.9")]
+    assert re.findall(r"resume: (\w+) was (.*), now (.*)", log)[-4:] == [
+        ("actor_lr", "0.01", "0.5"), ("gamma", "1.0", "0.9"), ("kl_coef", "0.05", "0.7"),
+        ("kl_target", "0.1", "None")]
+    assert "its kl_coef is 0.7\n" in log
     assert read_events(tmp_path) == read_events(whole.folder)
     kept = os.listdir(os.path.dirname(finished))
     assert sorted(kept) == ["rollout-000004", "rollout-000006"]
@@ -4076,7 +4107,9 @@ def test_the_page_of_custom_scalars_draws_each_tag_in_one_chart(whole):
     assert list(dict.fromkeys(page for page, _, _ in charts)) == ["4 models", "2 losses", "loop"]
     assert [tag for _, _, tags in charts for tag in tags] == list(ppo.METRICS)
     logged = {tag for tag in read_events(whole.folder, hidden="$") if tag in ppo.METRICS}
-    assert set(ppo.METRICS) - logged == {"reward/gold", "reward/gold_lost"}  # it has no gold_fn
+    assert set(ppo.METRICS) - logged == {  # it has no gold_fn, and PPO1's penalty for a clip
+        "reward/gold", "reward/gold_lost",
+        "policy/clip_fraction", "policy/clip_upper", "policy/clip_lower"}
     for tag in ppo.METRICS:
         shown = [chart for _, chart, tags in charts if any(re.match(name, tag) for name in tags)]
         assert len(shown) == 1, (tag, shown)
@@ -4789,6 +4822,7 @@ def test_the_main_job_learns_on_ten_seeds(tmp_path):
         risen = (after["score"] - before["score"]) / deviation
         numbers = dict(risen=risen, above=above, gold_before=before["gold"]) | {
             name: after[name] for name in ("gold", "KL", "sentences", "distinct")}
+        numbers["first_clip"] = mean(after["first_clips"][:8])  # of the actor's first rollout
         print(json.dumps(dict(seed=seed, **{name: round(x, 2) for name, x in numbers.items()})))
         assert risen > 1 and above >= 0.8 and after["gold"] >= 0.8 and after["sentences"] >= 0.9
         assert math.isfinite(after["KL"]) and after["KL"] > 1
