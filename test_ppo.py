@@ -4223,7 +4223,7 @@ def on_path():
 
 def test_each_edit_by_sed_on_the_page_changes_one_constant():
     edits = re.findall(r"(sed (?:'[^']+'|\"[^\"]+\") ppo\.py) >", README)
-    assert len(edits) >= 2
+    assert edits
     for edit in edits:
         made = subprocess.run(["bash", "-c", f"s=2; {edit}"], cwd=HOME, capture_output=True,
                               text=True, check=True).stdout.split("\n")
