@@ -23,7 +23,6 @@ Symbols, one letter one meaning:
 
 import contextlib
 import copy
-import dataclasses
 import datetime
 import functools
 import glob
@@ -37,13 +36,12 @@ import re
 import shutil
 import signal
 import sys
-import textwrap
 import time
 import unittest.mock
 import warnings
 import weakref
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import numpy
 import safetensors.torch
@@ -129,9 +127,6 @@ resume = None                   # "latest", or the path of a checkpoint
 self_check = "stop"             # before the first rollout; "warn": go on all the same; "off"
 trace_every = 20                # rollouts between two responses shown token by token; 0: none
 
-CONSTANTS = [name for name, value in list(globals().items())
-             if not name.startswith("_") and isinstance(value, (int, float, str, type(None)))]
-
 class InputError(ValueError):
     """Something that the user can mend: main prints it as one sentence, without a traceback."""
 
@@ -150,9 +145,8 @@ class PromptDataset(torch.utils.data.Dataset):
         for n, item in enumerate(self.items, 1):
             item["text"] = item["prompt"]
             if apply_chat_template:
-                item["text"] = tokenizer.apply_chat_template(
-                    to_messages(item["prompt"], tokenizer), tokenize=False,
-                    add_generation_prompt=True)
+                item["text"] = apply_template(to_messages(item["prompt"], tokenizer), tokenizer,
+                                              add_generation_prompt=True)
             elif not isinstance(item["prompt"], str):
                 raise InputError(f"prompt {n} is messages: set apply_chat_template = True")
             ids = tokenizer(item["text"], add_special_tokens=not apply_chat_template)["input_ids"]
@@ -450,7 +444,7 @@ def collate_fn(rows):
             line[start:start + len(part)] = part
         return batch
 
-    return Experience(**{f.name: pad(f.name) for f in dataclasses.fields(Experience)})
+    return Experience(**{f.name: pad(f.name) for f in fields(Experience)})
 
 def split_by_length(rows, size):
     """Lists of `size` rows of like length, so that little of a micro-batch is padding. The longest
@@ -595,8 +589,7 @@ def generate_experiences(samples_list, actor_model, critic_model, reward_model, 
             row.last_values = value[i, n] if goes_on else torch.zeros_like(value[i, 0])
 
     items, responses = zip(*((row.info["item"], row.info["response"]) for row in rows))
-    columns = {name: [item.get(name) for item in items] for name in set().union(*items)}
-    prompts, _ = columns.pop("prompt"), columns.pop("text")
+    prompts, columns = get_columns(items)
     raw_scores = compute_scores(prompts, list(responses), reward_model, reward_tokenizer,
                                 apply_chat_template, micro_train_batch_size, columns)
     for row, raw_score in zip(rows, raw_scores):
@@ -726,7 +719,7 @@ def train(prompts_dataset, eval_dataset, actor_model, critic_model, reward_model
     state, buffer = run.start(), ExperienceBuffer()
     while run.goes_on():
         if kl_coef_start is not None:
-            state.kl_coef = anneal_kl_coef(run.fraction(), kl_coef, kl_coef_start)
+            state.kl_coef = anneal_kl_coef(state.rollout / run.rollouts, kl_coef, kl_coef_start)
         with run.phase("generate"):
             samples_list = generate_samples(my_share(run.next_prompts()), actor_model, **sampling)
         with run.phase("score"):
@@ -782,6 +775,7 @@ def read_prompts(source):
                      for turn in turns for key in ("role", "content")]
             if not all(isinstance(text, str) for text in texts) or not texts[-1].strip():
                 raise ValueError(f"{prompt!r} is no prompt")
+            "".join(texts).encode()  # ValueError: half of a character (JSON can spell one)
             if taken := {"text", "prompts", "responses"}.intersection(item):
                 raise ValueError(f"a column cannot be named {min(taken)}")
             items.append(item)
@@ -789,6 +783,12 @@ def read_prompts(source):
         raise InputError(f"{where}: {error}: write a text a line, or in a .jsonl JSON with "
                          "`prompt`, a text, or `messages`, with role and content") from None
     return items
+
+def get_columns(items):
+    """Items of a PromptDataset -> prompts, and the further columns of the user's."""
+    columns = {name: [item.get(name) for item in items] for name in set().union(*items)}
+    prompts, _ = columns.pop("prompt"), columns.pop("text")
+    return prompts, columns
 
 def get_prompt_indices(rollout, num_prompts):
     """The prompts of a rollout: each episode is an order of its own, and the last rollout of one is
@@ -817,16 +817,23 @@ def to_messages(prompt, tokenizer):
             message[key] = message[key].replace(token, token[0] + " " + token[1:])
     return messages
 
-def load(auto, constant, name, **options):
+def apply_template(messages, tokenizer, **options):
     try:
-        return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # Jinja's: it may want other roles, or another order of them
+        raise InputError(f"the chat template of {tokenizer.name_or_path} refuses "
+                         f"{str(messages)[:200]}: {show(str(error))}") from None
+
+def load(make, constant, name, source=None, **options):
+    try:
+        return make(source or name, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # of many kinds, and all of them mean this
         reason = show(str(error).strip().split("\n")[0])
         raise InputError(f"{constant} = {name!r} cannot be loaded: {reason}") from None
 
 def load_tokenizer(constant, name):
-    tokenizer = load(transformers.AutoTokenizer, constant, name)
-    if tokenizer.eos_token is None and constant == "actor_name":
+    tokenizer = load(transformers.AutoTokenizer.from_pretrained, constant, name)
+    if not (tokenizer.eos_token or constant == "reward_name" and tokenizer.pad_token):
         raise InputError(f"{constant} = {name!r} has a tokenizer without end token: set eos_token")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # told apart by position
     return tokenizer
@@ -837,7 +844,7 @@ def load_model(constant, name):
     kind = "CausalLM" if constant == "actor_name" else "SequenceClassification"
     # dtype has to be said, bf16 is the default (Trap 17). num_labels must not be: with it a plain
     # language model passes for a reward model, with a head of random numbers (Trap 14).
-    model, info = load(getattr(transformers, f"AutoModelFor{kind}"), constant, name,
+    model, info = load(getattr(transformers, f"AutoModelFor{kind}").from_pretrained, constant, name,
                        dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     if constant == "reward_name" and model.config.num_labels != 1:
         raise InputError(f"{constant} = {name!r} has {model.config.num_labels} outputs, not 1")
@@ -879,7 +886,7 @@ def to_reward_inputs(prompt, response, tokenizer, apply_chat_template, max_lengt
     messages = to_messages(prompt, tokenizer) + to_messages(
         [{"role": "assistant", "content": response}], tokenizer)
     if apply_chat_template and tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = apply_template(messages, tokenizer)
         return tokenizer(text, add_special_tokens=False, **cut)
     *asked, response = [message["content"] for message in messages]
     if tokenizer.sep_token and tokenizer.num_special_tokens_to_add(pair=True) > 2:
@@ -910,6 +917,10 @@ def update_moments(moments, scores):
 def show(text):
     """Without control characters: a response must not steer the terminal."""
     return "".join(c if c.isprintable() else " " for c in text)
+
+def to_cell(text):
+    """For a table in Markdown: a response must add no column, and no image from elsewhere."""
+    return re.sub(r"[^\w ]", lambda match: f"&#{ord(match[0])};", show(text))
 
 # ---- 9. What is logged -------------------------------------------------------------------------
 
@@ -994,9 +1005,10 @@ def get_rollout_metrics(rows):
         ended=sum(row.info["ended"] for row in rows) / n, explained_variance=1 - unexplained,
         entropy=-batch.old_action_log_probs[mask].mean())  # unbiased: this policy drew the sample
     if gold_fn is not None:
-        prompts = [row.info["item"]["prompt"] for row in rows]
+        prompts, columns = get_columns([row.info["item"] for row in rows])
         responses = [row.info["response"] for row in rows]
-        metrics["gold"] = sum(check_scores(gold_fn(prompts, responses), responses, "gold_fn")) / n
+        golds = gold_fn(prompts, responses, **columns)
+        metrics["gold"] = sum(check_scores(golds, responses, "gold_fn")) / n
     return {name: float(value) for name, value in metrics.items()}
 
 # ---- 10. The run around the loop ---------------------------------------------------------------
@@ -1034,6 +1046,10 @@ class Run:
         path = find_checkpoint()
         if path:
             load_checkpoint(path, self)
+        for other in list_checkpoints() if rank() == 0 else []:  # of another course
+            if not path or other[-6:] >= path[-6:] and not os.path.samefile(other, path):
+                shutil.rmtree(other + ".aside", ignore_errors=True)
+                os.rename(other, other + ".aside")
         if self_check != "off":
             run_self_check(self)
         if self.writer and not path:  # a resumed run goes on in a folder that has them
@@ -1056,9 +1072,6 @@ class Run:
         self.snapshot = copy.deepcopy(vars(self.state))
         transformers.set_seed((seed * 1_000_003 + self.state.rollout * 1009 + rank()) % 2 ** 32)
         return self.state.rollout < self.rollouts
-
-    def fraction(self):
-        return self.state.rollout / self.rollouts
 
     def next_prompts(self):
         indices = get_prompt_indices(self.state.rollout, len(self.prompts_dataset))
@@ -1104,6 +1117,11 @@ class Run:
             raise InputError(
                 f"rollout {self.state.rollout + 1}, optimizer step {len(self.steps) + 1}: {error}; "
                 f"lower actor_lr or critic_lr; {run_folder()}/stopped has the actor") from None
+        except Exception:  # of reward_fn, most likely: no weight of this rollout has moved
+            if self.state.rollout and name != "train" and world_size() == 1:
+                if save_checkpoint(self):
+                    say("  saved: set resume = 'latest' to go on")
+            raise
         finally:
             if name not in self.metrics:  # the run ends here
                 self.signals.close()
@@ -1144,7 +1162,7 @@ class Run:
             text = trace(rows, self.models[0], self.sampling["actor_tokenizer"],
                          metrics["kl_coef"] if kl_in == "reward" else 0.0)
             if self.writer:  # indented, so that Markdown leaves it as it is
-                self.writer.add_text("trace", textwrap.indent(text, "    "), done)
+                self.writer.add_text("trace", "    " + text.replace("\n", "\n    "), done)
         self.steps, self.metrics = [], {}
         if last or eval_every and done % eval_every == 0:
             self.after = self.evaluate(self.models[0])
@@ -1155,8 +1173,7 @@ class Run:
     def log(self, metrics):
         """All tags, and advice where one is outside of its range for the third time in a row."""
         for tag, (what, low, high, advice) in METRICS.items():
-            value = metrics.get(tag.split("/")[-1])
-            if value is None:
+            if (value := metrics.get(tag.split("/")[-1])) is None:
                 continue
             if self.writer:
                 self.writer.add_scalar(tag, value, self.state.rollout)
@@ -1175,19 +1192,19 @@ class Run:
         if log and self.writer:
             for name in {"score_mean", "ref_k1", "gold"}.intersection(metrics):
                 self.writer.add_scalar(f"eval/{name}", metrics[name], done)
-            lines = [f"| {show(str(row.info['item']['prompt']))} | {show(row.info['response'])} "
-                     f"| {row.info['raw_score']:.2f} |" for row in rows[:16]]
+            lines = [f"| {to_cell(str(row.info['item']['prompt']))} | "
+                     f"{to_cell(row.info['response'])} | {row.info['raw_score']:.2f} |"
+                     for row in rows[:16]]
             lines = ["| prompt | response | score |", "|-|-|-|", *lines]
             self.writer.add_text("samples", "\n".join(lines), done)
-        if log and done and metrics["after_kl"] > self.state.best:
+        if log and done and metrics["after_kl"] > self.state.best and self.save_actor("best"):
             self.state.best = metrics["after_kl"]
-            self.save_actor("best")
         return rows
 
     def save_actor(self, name):
         """runs/<run_name>/<name>: an ordinary folder for `from_pretrained`, with the tokenizer."""
         weights = to_whole(self.models[0].state_dict())
-        write_folder(os.path.join(run_folder(), name), lambda folder: save_model(
+        return write_folder(os.path.join(run_folder(), name), lambda folder: save_model(
             self.models[0], weights, self.sampling["actor_tokenizer"], folder))
 
     def finish(self):
@@ -1201,13 +1218,14 @@ def run_folder():
     return os.path.join("runs", run_name)
 
 def get_constants():
-    """Their values, functions by their names."""
-    return {name: getattr(value, "__name__", type(value).__name__) if callable(value) else value
+    """Their values; functions and lists, which are no data of ours, by their names."""
+    return {name: value if isinstance(value, (int, float, str, type(None)))
+            else getattr(value, "__name__", type(value).__name__)
             for name in CONSTANTS for value in [globals()[name]]}
 
 def flush(path):
     """A file to disk -> its hash."""
-    with open(path, "rb") as file:
+    with open(path, "r+b" if os.name == "nt" else "rb") as file:  # Windows flushes no other
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -1313,14 +1331,11 @@ def load_checkpoint(path, run):
             model.load_state_dict({k: to_part(w, own.get(k, w)) for k, w in weights.items()})
             for i, state in saved["state"].items():
                 saved["state"][i] = {k: to_part(t, params[i]) for k, t in state.items()}
+            saved["param_groups"] = optimizer.state_dict()["param_groups"]  # of now
             optimizer.load_state_dict(saved)
     except Exception as error:
-        reason = str(error).split("\n")[0]
+        reason = show(" ".join(str(error).split())[:300])
         raise InputError(f"resume: {path} cannot be put into this run: {reason}") from None
-    for newer in list_checkpoints() if rank() == 0 else []:
-        if newer[-6:] >= path[-6:] and not os.path.samefile(newer, path):  # of another course
-            shutil.rmtree(newer + ".aside", ignore_errors=True)
-            os.rename(newer, newer + ".aside")
     run.state = State(**rest["state"])
     if kl_target is None:  # else the adapted one goes on
         run.state.kl_coef = kl_coef
@@ -1437,6 +1452,8 @@ def rank():
 def start_processes():
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         if device == "cuda":
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                raise InputError("there are fewer GPUs than processes: lower --nproc_per_node")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store, number, count = next(dist.rendezvous("env://"))
         if os.environ["GROUP_WORLD_SIZE"] == "1":  # a restart would find addresses of before
@@ -1488,7 +1505,7 @@ def gather_rows(rows):
     """The rows of all processes, in the order that one alone would have."""
     def move(row, target):  # a copy: of a view, pickle would send all that is behind it
         tensors = {k: v.to(target, copy=True) for k, v in vars(row).items() if torch.is_tensor(v)}
-        return dataclasses.replace(row, **tensors)
+        return replace(row, **tensors)
 
     if world_size() == 1:
         return rows
@@ -1587,6 +1604,8 @@ def inverse_cdf():
     sum over 152k probabilities would lose the rare ones."""
     def multinomial(probs, num_samples):
         cdf = probs.cumsum(-1, dtype=torch.float64)
+        if not cdf[:, -1].isfinite().all():
+            raise FloatingPointError("a probability of the actor is not finite")
         drawn = torch.rand(len(cdf), num_samples, dtype=cdf.dtype, device=cdf.device)
         return torch.searchsorted(cdf, drawn * cdf[:, -1:], right=True)
 
@@ -1645,7 +1664,8 @@ def measure(name, model):
         if trained:
             sum(map(torch.sum, output)).backward()
     with watch, torch.no_grad(), autocast(model):
-        if name == "actor":  # prompt and response at once: the cache as it is in the end
+        if name == "actor":  # `undivided` is whole; prompt and response at once: the last cache
+            whole = [torch.empty_like(p) for p in model.parameters() if world_size() > 1]
             output = model(input_ids=seqs[:1].repeat(min(micro_rollout_batch_size, rows), 1),
                            use_cache=True, logits_to_keep=1)
             output.logits.float().repeat(5, 1, 1)  # copied, tempered, softmax, its sums in 64 bits
@@ -1672,9 +1692,9 @@ def show_bill():
     are run on tensors without memory. InputError: more than there is."""
     def load_empty(constant, name):
         kind = "CausalLM" if constant == "actor_name" else "SequenceClassification"
-        config = load(transformers.AutoConfig, constant, name, pad_token_id=0)  # some have none
-        return getattr(transformers, f"AutoModelFor{kind}").from_config(
-            config, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
+        config = load(transformers.AutoConfig.from_pretrained, constant, name, pad_token_id=0)
+        return load(getattr(transformers, f"AutoModelFor{kind}").from_config, constant, name,
+                    config, dtype=torch.float32).eval()
 
     patch, mode = unittest.mock.patch.object, torch._subclasses.fake_tensor.FakeTensorMode()
     # Critic copies a body, peft moves an adapter: tensors without memory can do neither.
@@ -1732,7 +1752,7 @@ def add_adapters(trunk):
 def save_merged(actor_model, trunk, folder, state_dict=None):
     """A plain model, the adapter added to copies of the trunk's weights: added in place and taken
     out again it would leave rounding in the reference. The adapter itself in folder/adapter."""
-    merged = {f"{name}.weight": layer.base_layer.weight + layer.get_delta_weight("default")
+    merged = {f"{name}.weight": (layer.base_layer.weight + layer.get_delta_weight("default")).cpu()
               for name, layer in actor_model.named_modules() if hasattr(layer, "base_layer")}
     trunk.save_pretrained(folder, state_dict=trunk.state_dict() | merged)
     type(actor_model).save_pretrained(actor_model, os.path.join(folder, "adapter"))
@@ -1773,7 +1793,7 @@ def gold(prompts, responses, **columns):
     grammar cannot make is worth 0. It labels the pairs and judges the end; PPO never sees it."""
     asked, _, said = make_grammar()
     aspects = [said.get(response.strip(), ("", "rude", False)) for response in responses]
-    return [((topic == asked.get(prompt.strip())) + TONES[tone][0] + reasoned) / 3
+    return [((topic == asked.get(str(prompt).strip())) + TONES[tone][0] + reasoned) / 3
             for prompt, (topic, tone, reasoned) in zip(prompts, aspects)]
 
 def draw_aspects(prompt, rng):
@@ -1882,7 +1902,8 @@ def build_demo(folder, seed):
         tokenizer.save_pretrained(f"{unfinished}/{name}")
     for name, lines in ("prompts", prompts), ("eval_prompts", eval_prompts):
         numpy.savetxt(f"{unfinished}/{name}.txt", lines, "%s")
-    os.rename(unfinished, folder)
+    with contextlib.suppress(OSError):  # another run was first
+        os.rename(unfinished, folder)
 
 # ---- 18. Main ----------------------------------------------------------------------------------
 
@@ -1891,7 +1912,7 @@ RULES = {  # constants (those with a ? may be None): all that they can be, or in
     "max_epochs train_batch_size micro_train_batch_size kl_horizon keep_checkpoints":
         ("a whole number from 1", lambda x: type(x) is int and x >= 1),
     "lora_rank warmup_steps critic_warmup seed eval_every save_every trace_every":
-        ("a whole number from 0", lambda x: type(x) is int and x >= 0),
+        ("a whole number from 0, below 2^32", lambda x: type(x) is int and 0 <= x < 2 ** 32),
     "episodes temperature missing_eos_penalty? actor_lr critic_lr max_grad_norm clip_eps "
     "clip_eps_high? value_clip_eps? huber_delta? target_kl? kl_coef_start? kl_target? clip_reward?":
         ("a number above 0", lambda x: type(x) in (int, float) and 0 < x < math.inf),
@@ -1899,12 +1920,14 @@ RULES = {  # constants (those with a ? may be None): all that they can be, or in
     "weight_decay entropy_coef kl_coef":
         ("a number from 0", lambda x: type(x) in (int, float) and 0 <= x < math.inf),
     "gamma lambd": ("a number from 0 to 1", lambda x: type(x) in (int, float) and 0 <= x <= 1),
-    "reward_fn? gold_fn?": ("a function", callable),
+    "reward_fn? gold_fn?":
+        ("a function", lambda x: callable(x) and not isinstance(x, nn.Module)),
     "actor_name reward_name critic_name? resume?":
         ("the name of a folder", lambda x: isinstance(x, str) and x),
     "prompts_file eval_prompts_file?":
         ("a file or a list of prompts", lambda x: isinstance(x, (str, list)) and x),
-    "run_name": ("letters, digits, . _ -", lambda x: re.fullmatch(r"\w[\w.-]*", str(x))),
+    "run_name": ("a text of letters, digits, . _ -",
+                 lambda x: x == str(x) and re.fullmatch(r"\w[\w.-]*", x)),
     "apply_chat_template gradient_checkpointing trust_remote_code whiten_advantages whiten_rewards "
     "normalize_scores": [True, False],
     "lr_schedule": ["constant", "linear", "cosine"], "policy_loss": ["clip", "ppo1"],
@@ -1912,6 +1935,8 @@ RULES = {  # constants (those with a ? may be None): all that they can be, or in
     "self_check": ["stop", "warn", "off"],
     "loss_agg": ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"],
     "device": ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]}
+
+CONSTANTS = [name for name in list(globals()) if name in " ".join(RULES).replace("?", "").split()]
 
 def check_constants():
     """InputError for the first constant that cannot be, with what can; or for a prompts file."""
@@ -1972,7 +1997,7 @@ def main():
     prompts_dataset, eval_dataset = (
         source and PromptDataset(source, actor_tokenizer, apply_chat_template, max_length)
         for source in (prompts_file, eval_prompts_file))
-    if cut := prompts_dataset.truncated:
+    if cut := sum(dataset.truncated for dataset in (prompts_dataset, eval_dataset) if dataset):
         say(f"{cut} prompts are longer than max_length = {max_length} and lose their beginning")
     path = find_checkpoint()
     show_bill()
@@ -1981,8 +2006,16 @@ def main():
         models[2].config.get_text_config().pad_token_id = reward_tokenizer.pad_token_id
         if reward_tokenizer.pad_token_id == reward_tokenizer.eos_token_id:
             say("reward_name pads with its end token: it will score at the token before the end")
+    with contextlib.suppress(ImportError):  # Windows has none; held until this process ends
+        import fcntl
+        os.makedirs("runs", exist_ok=True)
+        lock = open(f"{run_folder()}.lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) if rank() == 0 else None
+        except OSError:
+            raise InputError(f"another run writes to {run_folder()}: set run_name") from None
     for half in glob.glob(run_folder() + "/**/*.tmp", recursive=True) if rank() == 0 else []:
-        shutil.rmtree(half)  # of a run that was killed as it wrote
+        shutil.rmtree(half, ignore_errors=True)  # of a run that was killed as it wrote
     if path is None and rank() == 0 and os.path.exists(run_folder()):
         aside = next(f"{run_folder()}.{n}" for n in itertools.count(1)
                      if not os.path.exists(f"{run_folder()}.{n}"))
@@ -1995,17 +2028,20 @@ def main():
           else contextlib.nullcontext()) as writer:
         run = train(prompts_dataset, eval_dataset, *models, actor_tokenizer, reward_tokenizer,
                     writer)
-    run.save_actor("final")
+    saved = run.save_actor("final")
     if run.before:
         show_results(run)
+    if not saved:
+        raise InputError(f"{run_folder()}/final was not written: make room, resume = 'latest'")
     say(f"\nthe actor is in {run_folder()}/final; curves: tensorboard --logdir runs")
     if world_size() > 1:
         dist.destroy_process_group()
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a response may hold what a terminal cannot write
     try:
         main()
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:
         time.sleep(5 * (rank() > 0))  # of several that say the same only the first does
         sys.exit(f"ppo.py: {error}")
     except KeyboardInterrupt as error:  # Stopped is one, and says how to go on

@@ -1071,7 +1071,7 @@ def test_trap_12_the_question_is_cut_off():
     assert data.truncated == 1
 
 
-@museum(("to_reward_inputs", "text = tokenizer.apply_chat_template(messages, tokenize=False)",
+@museum(("to_reward_inputs", "text = apply_template(messages, tokenizer)",
          'text = f"system user {prompt} assistant {response}"'),
         ("to_reward_inputs", "dict(truncation=True, max_length=max_length)", "dict()"),
         ("compute_scores", "limit = min(limit, reward_tokenizer.model_max_length)", "limit = 9999"))
@@ -1829,7 +1829,8 @@ def test_a_wrong_constant_is_named_before_anything_is_loaded(wrong, setting, no_
 
 def test_each_constant_has_one_rule():
     names = [name.strip("?") for names in ppo.RULES for name in names.split()]
-    assert sorted(names) == sorted(ppo.CONSTANTS)
+    part = Path(ppo.__file__).read_text().split("\n# ---- 1.")[0].split("# ---- 0.")[1]
+    assert sorted(names) == sorted(re.findall(r"(?m)^(\w+) = ", part)) == sorted(ppo.CONSTANTS)
 
 
 GOOD = '{"prompt": "a"}\n'
@@ -3212,7 +3213,7 @@ def test_on_a_full_disk_the_last_checkpoint_stays_and_it_is_said(whole, tmp_path
         pytest.skip("no tmpfs can be mounted here")
     try:
         code, log = run(tmp_path, whole.constants | dict(keep_checkpoints=9))
-        assert code == 0 and "was not written" in log and "Traceback" not in log, log
+        assert code == 1 and "was not written" in log and "Traceback" not in log, log
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(ppo, "run_name", "tiny")
         monkeypatch.setattr(ppo, "resume", "latest")
