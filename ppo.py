@@ -1012,6 +1012,10 @@ def get_rollout_metrics(rows):
     return {name: float(value) for name, value in metrics.items()}
 
 # ---- 10. The run around the loop ---------------------------------------------------------------
+#
+# `train` says what is learnt, `Run` what is done around it: goes_on (a snapshot, the seed), phases
+# timed and guarded, epochs, finish_rollout (log, trace, evaluate, save). Until its first optimizer
+# step a rollout can be dropped without loss, for its snapshot is saved; after it, it is finished.
 
 class Stopped(KeyboardInterrupt):
     """Ctrl-C or SIGTERM, raised when the state has been saved."""
@@ -1213,9 +1217,33 @@ class Run:
         return self
 
 # ---- 11. Checkpoints ---------------------------------------------------------------------------
+#
+# runs/<run_name>/checkpoints/rollout-000020, after 20 rollouts: actor/ as from_pretrained wants it,
+# critic.safetensors, rest.pt (both optimizers, State, constants) and manifest.json, a hash of each
+# file. No random numbers: goes_on sets them by the rollout. Whatever has this name is whole.
 
 def run_folder():
     return os.path.join("runs", run_name)
+
+def claim_run_folder(path):
+    """-> an open file, whose lock keeps out a second run of this name: they would mix. What a kill
+    left half written goes; the folder of an earlier run is put aside, but for one to resume."""
+    os.makedirs("runs", exist_ok=True)
+    lock = open(f"{run_folder()}.lock", "w")
+    with contextlib.suppress(ImportError):  # Windows has no fcntl
+        import fcntl
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run writes to {run_folder()}: set run_name") from None
+    for half in glob.glob(run_folder() + "/**/*.tmp", recursive=True):
+        shutil.rmtree(half, ignore_errors=True)
+    if path is None and os.path.exists(run_folder()):
+        aside = next(f"{run_folder()}.{n}" for n in itertools.count(1)
+                     if not os.path.exists(f"{run_folder()}.{n}"))
+        os.rename(run_folder(), aside)
+        say(f"the earlier {run_folder()} is now {aside}")
+    return lock
 
 def get_constants():
     """Their values; functions and lists, which are no data of ours, by their names."""
@@ -1583,6 +1611,9 @@ def trace(rows, actor_model, tokenizer, kl_coef):
     return "\n".join(lines)
 
 # ---- 15. What a run takes: less of it, and told before -----------------------------------------
+#
+# `recomputing` and `untied` change no number, `inverse_cdf` only which numbers are drawn. The bill
+# runs the real functions on tensors without memory, so that it cannot forget one of them.
 
 @contextlib.contextmanager
 def recomputing(model):
@@ -1664,8 +1695,8 @@ def measure(name, model):
         if trained:
             sum(map(torch.sum, output)).backward()
     with watch, torch.no_grad(), autocast(model):
-        if name == "actor":  # `undivided` is whole; prompt and response at once: the last cache
-            whole = [torch.empty_like(p) for p in model.parameters() if world_size() > 1]
+        if name == "actor":  # prompt and response at once: the cache as it is in the end
+            gathered = [torch.empty_like(p) for p in model.parameters() if world_size() > 1]
             output = model(input_ids=seqs[:1].repeat(min(micro_rollout_batch_size, rows), 1),
                            use_cache=True, logits_to_keep=1)
             output.logits.float().repeat(5, 1, 1)  # copied, tempered, softmax, its sums in 64 bits
@@ -2006,21 +2037,7 @@ def main():
         models[2].config.get_text_config().pad_token_id = reward_tokenizer.pad_token_id
         if reward_tokenizer.pad_token_id == reward_tokenizer.eos_token_id:
             say("reward_name pads with its end token: it will score at the token before the end")
-    with contextlib.suppress(ImportError):  # Windows has none; held until this process ends
-        import fcntl
-        os.makedirs("runs", exist_ok=True)
-        lock = open(f"{run_folder()}.lock", "w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) if rank() == 0 else None
-        except OSError:
-            raise InputError(f"another run writes to {run_folder()}: set run_name") from None
-    for half in glob.glob(run_folder() + "/**/*.tmp", recursive=True) if rank() == 0 else []:
-        shutil.rmtree(half, ignore_errors=True)  # of a run that was killed as it wrote
-    if path is None and rank() == 0 and os.path.exists(run_folder()):
-        aside = next(f"{run_folder()}.{n}" for n in itertools.count(1)
-                     if not os.path.exists(f"{run_folder()}.{n}"))
-        os.rename(run_folder(), aside)
-        say(f"the earlier {run_folder()} is now {aside}")
+    lock = claim_run_folder(path) if rank() == 0 else None  # held until this process ends
     from torch.utils.tensorboard import SummaryWriter
     # In a fresh run a start is said too: TensorBoard purges nothing at a folder's first such mark.
     start = int(path[-6:]) + 1 if path else 0
@@ -2028,10 +2045,9 @@ def main():
           else contextlib.nullcontext()) as writer:
         run = train(prompts_dataset, eval_dataset, *models, actor_tokenizer, reward_tokenizer,
                     writer)
-    saved = run.save_actor("final")
     if run.before:
         show_results(run)
-    if not saved:
+    if not run.save_actor("final"):
         raise InputError(f"{run_folder()}/final was not written: make room, resume = 'latest'")
     say(f"\nthe actor is in {run_folder()}/final; curves: tensorboard --logdir runs")
     if world_size() > 1:
