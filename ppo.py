@@ -920,7 +920,7 @@ def show(text):
 
 def to_cell(text):
     """For a table in Markdown: a response must add no column, and no image from elsewhere."""
-    return re.sub(r"[^\w ]", lambda match: f"&#{ord(match[0])};", show(text))
+    return re.sub(r"[^\w ]|_", lambda match: f"&#{ord(match[0])};", show(text))
 
 # ---- 9. What is logged -------------------------------------------------------------------------
 
@@ -1909,9 +1909,8 @@ def build_demo(folder, seed):
 
     def compute_pair_loss(differ):
         chosen, rejected = score_pairs(prompts, differ)
-        # Pairs compare replies to one prompt. What these have in common is left to luck, and those
-        # to one prompt could all score less than those to another: it is drawn to 0 (Eisenstein et
-        # al. 2023, arXiv 2312.09244, section 2).
+        # Pairs compare replies to one prompt. What these have in common is left to luck, and other
+        # for each prompt: it is drawn to 0 (Eisenstein et al. 2023, arXiv 2312.09244, section 2).
         return compute_reward_loss(chosen, rejected) + 0.02 * (chosen + rejected).square().mean()
 
     # Large logits from the start let few steps rule words out: 1.5% spoilt replies instead of 3%.
@@ -1927,7 +1926,7 @@ def build_demo(folder, seed):
     print(f"it agrees with people in {(chosen > rejected).float().mean():.1%} of held-out pairs")
     # Pairs fix differences only, not the unit. With a spread of 1, kl_coef means something.
     reward_model.score.weight.data /= scores.std()
-    unfinished = f"{folder}.unfinished"  # renamed at the end: a kill leaves no half folder
+    unfinished = f"{folder}.{os.getpid()}.unfinished"  # renamed at the end: a kill leaves no half
     for name, model in ("actor", actor_model), ("reward", reward_model):
         model.save_pretrained(f"{unfinished}/{name}")
         tokenizer.save_pretrained(f"{unfinished}/{name}")
@@ -1935,6 +1934,7 @@ def build_demo(folder, seed):
         numpy.savetxt(f"{unfinished}/{name}.txt", lines, "%s")
     with contextlib.suppress(OSError):  # another run was first
         os.rename(unfinished, folder)
+    shutil.rmtree(unfinished, ignore_errors=True)
 
 # ---- 18. Main ----------------------------------------------------------------------------------
 

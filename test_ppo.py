@@ -8,10 +8,12 @@ import ast
 import builtins
 import contextlib
 import copy
+import datetime
 import dis
 import errno
 import functools
 import glob
+import html
 import inspect
 import io
 import itertools
@@ -1741,17 +1743,20 @@ def test_a_reward_model_scores_a_row_in_a_batch_as_alone(main, folders, reward, 
 
 @pytest.mark.usefixtures("small")
 def test_columns_of_a_jsonl_reach_reward_fn_once_for_each_sample(main):
-    """Columns repeated per sample, in the order of the responses; one left out is None."""
+    """Columns repeated per sample, in the order of the responses; one left out is None. gold_fn
+    gets the same."""
     lines = [{"prompt": f"p{n}", "answer": n} for n in range(3)] + [{"prompt": "p3", "level": "x"}]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n", encoding="utf-8-sig")
-    seen = []
+    seen, golden = [], []
 
-    def score(prompts, responses, answer, level):
+    def score(prompts, responses, answer, level, seen=seen):
         seen.extend(zip(prompts, responses, answer, level))
         return [1.0] * len(responses)
 
     _, _, rows = main("no_chat", reward_fn=score, prompts_file="p.jsonl", rollout_batch_size=4,
-                      n_samples_per_prompt=3, max_new_tokens=20)
+                      n_samples_per_prompt=3, max_new_tokens=20,
+                      gold_fn=functools.partial(score, seen=golden))
+    assert golden == seen
     assert sorted((prompt, answer, level) for prompt, _, answer, level in seen) == sorted(
         3 * [("p0", 0, None), ("p1", 1, None), ("p2", 2, None), ("p3", None, "x")], key=str)
     assert [(row.info["item"]["prompt"], row.info["response"]) for row in rows] == [
@@ -1795,7 +1800,8 @@ kl_coef_start=1.0, kl_target=6.0; gold_fn="f"; actor_name=""; resume=5
 reward_name=None, reward_fn=None; actor_name=None; critic_name=5; run_name="a/b"; run_name=""
 run_name=".."; resume="nowhere"; device="tpu9"; prompts_file=None; eval_prompts_file=7
 apply_chat_template="no"; trust_remote_code="no"; gradient_checkpointing=None
-whiten_advantages="no"; normalize_scores=None; whiten_rewards=0.5
+whiten_advantages="no"; normalize_scores=None; whiten_rewards=0.5; run_name=2024; seed=2**32
+reward_fn=torch.nn.Identity(); gold_fn=torch.nn.Identity()
 """.strip().replace("\n", "; ").split("; ")
 
 
@@ -1839,6 +1845,7 @@ WRONG_PROMPTS = {  # file and what is in it, or a list; what the sentence has to
     "empty": ("p.txt", "", "p.txt"), "blank lines": ("p.txt", "\n  \n", "p.txt"),
     "not UTF-8": ("p.txt", b"ab\nc\xff\xfe\n", "p.txt"),
     "not JSON": ("p.jsonl", GOOD + '\n{"prompt": \n', "p.jsonl, line 3"),
+    "half a character": ("p.jsonl", GOOD + '{"prompt": "a\\ud800"}', "p.jsonl, line 2"),
     "JSON, no object": ("p.jsonl", GOOD + '["b"]', "p.jsonl, line 2"),
     "a number": ("p.jsonl", GOOD + "5", "p.jsonl, line 2"),
     "no prompt": ("p.jsonl", GOOD + '{"text": "b"}', "p.jsonl, line 2"),
@@ -1875,12 +1882,29 @@ def test_wrong_prompts_are_named_before_a_model_is_loaded(
 
 
 @pytest.mark.usefixtures("small")
+def test_prompts_that_are_cut_are_counted_the_held_out_ones_too(setting, folders, capsys):
+    """One of two to train on, two of three held-out ones; none at all, and nothing is said."""
+    def enough():
+        raise ppo.InputError("enough")
+
+    setting(actor_name=str(folders / "no_chat"), reward_fn=some_score, show_bill=enough,
+            prompts_file=["a", "b" * 9], eval_prompts_file=["c" * 9, "d" * 8, "e" * 30])
+    for length in (8, 30):
+        setting(max_length=length)
+        expect_refusal("enough")
+    said = re.findall(r"(\d+) prompts are longer than max_length = (\d+)", capsys.readouterr().out)
+    assert said == [("3", "8")]
+
+
+@pytest.mark.usefixtures("small")
 def test_the_demo_is_not_built_for_prompts_that_are_not_there(setting, no_models):
     """A minute of building before the error would be a minute lost."""
     setting(actor_name="demo/actor", reward_fn=some_score, prompts_file="nowhere.txt")
     expect_refusal("nowhere.txt")
 
 
+SYSTEM = [{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}]
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system\nhere') }}{% endif %}"
 WRONG_FOLDERS = {  # constants (folders by their name), what the sentence has to name
     "actor not there": (dict(actor_name="nowhere"), "actor_name"),
     "actor without config": (dict(actor_name="no_config"), "actor_name"),
@@ -1893,15 +1917,21 @@ WRONG_FOLDERS = {  # constants (folders by their name), what the sentence has to
     "actor with a broken config": (dict(actor_name="broken_config"), "actor_name"),
     "actor with a broken tokenizer": (dict(actor_name="broken_tokenizer"), "actor_name"),
     "actor that is a classifier": (dict(actor_name="llama_reward"), "actor_name"),
+    "actor without a language model's head": (dict(actor_name="t5"), "actor_name.*T5Config"),
     "tokenizer without end": (dict(actor_name="no_end"), "actor_name.*end token"),
     "no chat template": (
         dict(actor_name="no_chat", apply_chat_template=True), "apply_chat_template"),
+    "a chat template that refuses": (
+        dict(actor_name="no_system", apply_chat_template=True, prompts_file=SYSTEM),
+        "chat template of .*no_system refuses .*no system here"),
     "too few positions": (dict(actor_name="short", max_length=27), "max_length"),
     "reward not there": (dict(reward_name="nowhere"), "reward_name"),
     "reward a language model": (dict(reward_name="actor"), "reward_name"),
     "reward of two labels": (dict(reward_name="two_labels"), "reward_name.* 2 "),
     "reward without tokenizer": (dict(reward_name="bare_reward"), "reward_name"),
     "reward of pickled weights": (dict(reward_name="pickled_reward"), "reward_name"),
+    "reward without pad and end": (dict(reward_name="no_pad"), "reward_name.*end token"),
+    "reward without a classifier's head": (dict(reward_name="mamba"), "reward_name.*MambaConfig"),
     "critic not there": (dict(critic_name="nowhere"), "critic_name"),
     "critic of a smaller vocabulary": (dict(critic_name="gpt2_reward"), "critic_name"),
     "critic of too few positions": (
@@ -1918,6 +1948,9 @@ def wrong_folders(folders):
             ("code", "config.json", 
              b'{"model_type": "mine", "auto_map": {"AutoConfig": "mine.C"}}'),
             ("broken_config", "config.json", b'{"model_type": '),
+            ("t5", "config.json", b'{"model_type": "t5"}'),
+            ("mamba", "config.json", b'{"model_type": "mamba"}'),
+            ("no_system", "chat_template.jinja", (REFUSES + TEMPLATE_C).encode()),
             ("broken_tokenizer", "tokenizer.json", b'{"model": '), ("cut_weights", None, None)):
         if name != "empty":
             shutil.copytree(folders / "actor", folders / name)
@@ -1929,6 +1962,8 @@ def wrong_folders(folders):
     (folders / "cut_weights" / "model.safetensors").write_bytes(whole[:len(whole) // 2])
     for name in ("bare_reward", "pickled_reward"):
         shutil.copytree(folders / "llama_reward", folders / name)
+    save(folders / "no_pad", make_reward_model("llama", vocab_size=261),
+         byte_tokenizer(pad=None, eos=None))
     for file in (folders / "bare_reward").glob("*token*"):
         file.unlink()
     pickled = folders / "pickled_reward"
@@ -1975,6 +2010,18 @@ def test_a_function_that_returns_no_scores_is_named(case, kind, go, capsys):
     """Wrong number, NaN, infinity or no number, in what trains and in what is only logged."""
     option = {"reward" if kind == "reward_fn" else "gold_fn": WRONG_REWARDS[case]}
     expect_refusal(kind, lambda: go(**option))
+
+
+@pytest.mark.usefixtures("small")
+def test_weights_of_the_actor_that_are_not_finite_end_the_run_with_a_sentence(go):
+    """`generate` would draw a token that there is not, a traceback from the embedding."""
+    actor = make_model()
+    actor.lm_head.weight.data[5] = NAN
+    with pytest.raises(FloatingPointError, match="^a probability of the actor is not finite"):
+        ppo.generate_samples(["a b"], actor, word_tokenizer(), 8, 4, 2, 2)
+    expect_refusal("^rollout 1, .*probability of the actor is not finite.*lower actor_lr",
+                   lambda: go(actor=actor))
+    assert Path("runs/t/stopped/model.safetensors").exists()
 
 
 @pytest.fixture(scope="session")
@@ -2051,6 +2098,29 @@ def test_a_checkpoint_of_a_run_with_reward_fn_goes_on(main, finished_run, tmp_pa
     shutil.copytree(finished_run / "runs", tmp_path / "runs")
     main("no_chat", resume=LAST_C + "/", episodes=3)
     assert "rollout   3/3" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small")
+def test_a_checkpoint_loads_whatever_the_columns_of_the_prompts_hold(main, capsys):
+    """A list of the user's, and no data of ours: its pickle would be refused."""
+    prompts = [dict(prompt="a", answer=numpy.float32(1)),
+               dict(prompt="b", answer=datetime.date(2024, 2, 29))]
+    for more in dict(episodes=1), dict(episodes=3, resume="latest"):
+        main("no_chat", prompts_file=prompts, save_every=1, **more)
+    said = capsys.readouterr().out
+    assert "resumed from runs/t/checkpoints/rollout-000001" in said and "rollout   2/2" in said
+
+
+@pytest.mark.usefixtures("small")
+def test_a_second_train_in_one_process_saves_its_own_checkpoints(go):
+    """And not those of the first, which has gone further and is put aside."""
+    runs = [go(episodes=n, seed=n, save_every=1, keep_checkpoints=9) for n in (3, 2)]
+    for run, last in zip(runs, ("3.aside", "2")):
+        saved = transformers.AutoModelForCausalLM.from_pretrained(
+            f"runs/t/checkpoints/rollout-00000{last}/actor", dtype=torch.float32)
+        assert torch.equal(weights(saved), weights(run.actor))
+    assert sorted(os.listdir("runs/t/checkpoints")) == [f"rollout-00000{end}" for end in (
+        "1", "1.aside", "2", "2.aside", "3.aside")]
 
 
 @pytest.mark.usefixtures("small")
@@ -2142,6 +2212,30 @@ def test_nothing_shown_has_control_characters(main, monkeypatch, capsys):
     for text in [capsys.readouterr().out, *writers[0].texts]:
         assert text and all(c.isprintable() for c in text.replace("\n", ""))
     assert ppo.show("a\x1b[31m\u202e\n\tb é漢") == "a [31m   b é漢"
+
+
+@pytest.mark.filterwarnings("ignore:html5lib")
+@pytest.mark.usefixtures("small")
+def test_a_response_cannot_be_markdown_in_the_table_of_samples(main, monkeypatch):
+    """TensorBoard would load an image from elsewhere; a | would show a score that it never had."""
+    from tensorboard.plugin_util import markdown_to_safe_html
+    evil, writer = "![x](http://a.b/c.png) | 9.99 <img src=x> __y__ `z` &amp; http://a.b", Writer()
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *_, **__: writer)
+    to_rows = ppo.to_rows
+
+    def say_evil(samples_list):
+        for samples in samples_list:
+            samples.responses = [evil] * len(samples.responses)
+        return to_rows(samples_list)
+
+    monkeypatch.setattr(ppo, "to_rows", say_evil)
+    main("no_chat", eval_prompts_file=[evil, "a"], max_length=99)
+    tables = [text for text in writer.texts if text.startswith("| prompt")]
+    assert len(tables) == 2  # before and after
+    for text in map(markdown_to_safe_html, tables):
+        cells = [html.unescape(cell) for cell in re.findall("<td[^>]*>(.*?)</td>", text, re.S)]
+        assert not re.search("<(?!/?(table|thead|tbody|tr|th|td)[ >])", text)
+        assert len(cells) == 2 * 3 and [*cells[:2], *cells[3:5]] == [evil, evil, "a", evil]
 
 
 # ---- D. Degenerate rollouts --------------------------------------------------------------------
@@ -3093,6 +3187,27 @@ def test_a_signal_saves_the_start_of_a_rollout_or_finishes_its_update(whole, tmp
         check_same_end(tmp_path, whole)
 
 
+@pytest.mark.parametrize("name, rollout, saved", [
+    ("compute_scores", 0, ""), ("compute_scores", 3, "23"), ("train_step", 3, "2")])
+def test_an_exception_of_reward_fn_saves_the_start_of_its_rollout(whole, tmp_path, name, rollout,
+                                                                  saved):
+    """Of the first there is nothing to save, and in an update weights have moved: then there is
+    what save_every = 2 has saved."""
+    def fail(*_):
+        raise ConnectionError("the judge is away")
+
+    hook = functools.partial(strike_in, ppo, name, rollout, 2 if name == "train_step" else 1, fail)
+    code, log = run(tmp_path, whole.constants, hook)
+    assert code == 1 and "ConnectionError: the judge is away" in log, log
+    found = glob.glob(f"{tmp_path}/runs/tiny/checkpoints/*")
+    assert sorted(path[-1] for path in found) == [*saved]
+    assert ("saved: set resume = 'latest'" in log) == (saved == "23")
+    if saved == "23":
+        code, log = run(tmp_path, whole.constants | dict(resume="latest"))
+        assert code == 0 and "resumed from runs/tiny/checkpoints/rollout-000003" in log, log
+        check_same_end(tmp_path, whole)
+
+
 def test_a_second_signal_stops_at_once(whole, tmp_path):
     stop = send(signal.SIGTERM, signal.SIGINT)
     hook = functools.partial(strike_in, ppo, "train_step", 0, 1, stop)
@@ -3202,6 +3317,17 @@ def test_failed_saves_do_not_end_the_run_and_change_nothing(whole, tmp_path):
     assert end.items() <= whole.end.items()
 
 
+@pytest.mark.usefixtures("small")
+def test_a_result_that_is_not_written_is_an_error_and_never_the_best(main, monkeypatch, capsys):
+    """A best that is not on the disk would keep worse ones away from it."""
+    monkeypatch.setattr(ppo, "save_model", no_space)
+    trained = recording(monkeypatch, "train")
+    expect_refusal("^runs/t/final was not written", lambda: main(
+        "no_chat", eval_prompts_file=["a"], eval_every=1))
+    assert "runs/t/best was not written (" in capsys.readouterr().out
+    assert trained[0][2].state.best == -INF and len(os.listdir("runs/t")) == 1  # curves
+
+
 def test_on_a_full_disk_the_last_checkpoint_stays_and_it_is_said(whole, tmp_path, monkeypatch):
     disk = tmp_path / "runs"
     disk.mkdir()
@@ -3267,14 +3393,16 @@ def test_a_planted_pickle_is_not_executed(whole, finished, tmp_path, name, inste
 def test_changed_constants_are_listed_or_refused_and_nothing_is_logged_twice(whole, finished,
                                                                              tmp_path):
     """A finished run, resumed, has nothing left to do. keep_checkpoints = 2 has kept two. A new
-    kl_coef counts: it is a part of the state for an adaptive one alone."""
+    kl_coef counts: it is a part of the state for an adaptive one alone; so does weight_decay, which
+    is in the state of an optimizer."""
     shutil.copytree(whole.base / "actor", tmp_path / "other")
     refused = dict(actor_name=str(tmp_path / "other"), critic_name="other", lora_rank=2)
     load_checkpoint = ppo.load_checkpoint
 
     def hook():
         ppo.load_checkpoint = lambda path, run: (
-            load_checkpoint(path, run), print("its kl_coef is", run.state.kl_coef))
+            load_checkpoint(path, run), print("its kl_coef is", run.state.kl_coef), print(
+                "its decay is", *(o.param_groups[0]["weight_decay"] for o in run.optimizers)))
         for name, value in refused.items():
             old, _ = getattr(ppo, name), setattr(ppo, name, value)
             try:
@@ -3284,15 +3412,15 @@ def test_changed_constants_are_listed_or_refused_and_nothing_is_logged_twice(who
             setattr(ppo, name, old)
 
     constants = whole.constants | dict(resume="latest", actor_lr=0.5, gamma=0.9, kl_coef=0.7,
-                                       kl_target=None)
+                                       kl_target=None, weight_decay=0.3)
     code, log = run(tmp_path, constants, hook)
     assert code == 0, log
     said = re.findall(r"refused: .*: (\w+) = '?(.*?)'? cannot change on resume", log)
     assert said == [(name, str(value)) for name, value in refused.items()]
-    assert re.findall(r"resume: (\w+) was (.*), now (.*)", log)[-4:] == [
-        ("actor_lr", "0.01", "0.5"), ("gamma", "1.0", "0.9"), ("kl_coef", "0.05", "0.7"),
-        ("kl_target", "0.1", "None")]
-    assert "its kl_coef is 0.7\n" in log
+    assert re.findall(r"resume: (\w+) was (.*), now (.*)", log)[-5:] == [
+        ("actor_lr", "0.01", "0.5"), ("weight_decay", "0.0", "0.3"), ("gamma", "1.0", "0.9"),
+        ("kl_coef", "0.05", "0.7"), ("kl_target", "0.1", "None")]
+    assert "its kl_coef is 0.7\nits decay is 0.3 0.3\n" in log
     assert read_events(tmp_path) == read_events(whole.folder)
     kept = os.listdir(os.path.dirname(finished))
     assert sorted(kept) == ["rollout-000004", "rollout-000006"]
@@ -3345,6 +3473,26 @@ def test_a_fresh_run_moves_an_earlier_one_of_its_name_aside(whole, finished, tmp
     assert read(tmp_path / "runs" / "tiny.2") == before
     assert os.listdir(tmp_path / "runs" / "tiny" / "checkpoints") == ["rollout-000001"]
     assert os.listdir(tmp_path / "runs" / "tiny.1") == []
+
+
+def test_a_second_run_of_a_name_is_refused_until_the_first_has_ended(whole, tmp_path):
+    """Two would write over each other. The lock is the process's: a kill leaves none behind."""
+    begun, tell = os.pipe()
+
+    def first():
+        ppo.show_bill, ppo.train = int, lambda *_: (os.write(tell, b"!"), time.sleep(60))
+
+    def second():
+        ppo.show_bill, ppo.train = int, lambda *_: os._exit(0)
+
+    pid = start(tmp_path, whole.constants, first)
+    os.close(tell)
+    assert os.read(begun, 1)  # nothing, if the first has ended
+    code, log = run(tmp_path, whole.constants, second)
+    assert wait(pid, 0) == -signal.SIGKILL and "Traceback" not in log
+    assert code == 1 and "another run writes to runs/tiny: set run_name" in log, log
+    code, log = run(tmp_path, whole.constants, second)
+    assert code == 0 and "the earlier runs/tiny is now runs/tiny.1" in log, log
 
 
 # ==================================================================================================
@@ -4377,6 +4525,26 @@ def test_a_pair_of_the_demo_differs_in_one_aspect_and_gold_tells_which_is_better
         assert [a != b for a, b in zip(*map(said.get, pair))] == [i == place for i in range(3)]
         chosen, rejected = ppo.gold([prompt] * 2, pair)
         assert chosen > rejected
+
+
+def test_of_two_first_runs_the_later_takes_the_demo_of_the_other(tmp_path, monkeypatch):
+    """The other begins and ends while this one writes: nothing is mixed, missing or left."""
+    folder, savetxt = tmp_path / "demo", numpy.savetxt
+
+    def late(*args):
+        monkeypatch.setattr(numpy, "savetxt", savetxt)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 0)  # another process
+            ppo.build_demo(str(folder), 2)
+        savetxt(*args)
+
+    monkeypatch.setattr(ppo, "fit", lambda *_: None)
+    monkeypatch.setattr(numpy, "savetxt", late)
+    ppo.build_demo(str(folder), 1)
+    assert os.listdir(tmp_path) == ["demo"]
+    prompts = (folder / "prompts.txt").read_text().split("\n")[:-1]
+    assert prompts == random.Random(2).sample([*ppo.make_grammar()[0]], 288)[64:]
+    assert {"actor", "reward", "eval_prompts.txt"} < {*os.listdir(folder)}
 
 
 def test_the_demo_tokenizer_reads_a_chat_as_it_was_trained():
