@@ -1746,7 +1746,7 @@ def show_bill():
                     + "%11.1f" * 4 % tuple(size / 2 ** 20 for size in sizes))
     base, free = get_memory()
     # What an allocator cannot use again is on a CPU as much as the work; and libraries still load.
-    total = fixed + work * (1.25 if device == "cuda" else 2.5) + 3 * 2 ** 26
+    total = fixed + work * (1.25 if device == "cuda" else 2.75) + 3 * 2 ** 26
     say(f"  at most {(base + total) / 2 ** 20:.0f} MiB, Python's {base / 2 ** 20:.0f} among them; "
         f"{device} has {(base + free) / 2 ** 20:.0f}")
     if total > free:
