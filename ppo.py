@@ -947,7 +947,7 @@ CHARTS = {  # TensorBoard's page: what a tag is; or that, healthy from, to, and 
         "policy_loss": "its value is no progress: Trap 26",
         "policy/approx_kl": ("KL(old, new) a token", None, 0.1, "lower actor_lr, set target_kl"),
         "policy/clip_fraction": ("share of tokens", 1e-9, 0.3, "lower actor_lr; at 0 raise it"),
-        "policy/clip_upper": "of it good tokens", "policy/clip_lower": "of it bad tokens"},
+        "policy/clip_upper": "its part with A > 0", "policy/clip_lower": "its part with A < 0"},
     "2 losses: ratio": {
         "policy/ratio_mean": ("pi / pi_old", 0.9, 1.1, "steps are too large: lower actor_lr"),
         "policy/ratio_max": ("pi / pi_old", None, 100, "steps are too large: lower actor_lr")},
