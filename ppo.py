@@ -1097,8 +1097,8 @@ class Run:
 
     def mean(self, name, steps=None):
         """Of a train_step metric over the rollout's steps, or some, weighted by their tokens."""
-        tokens = [(step[name], step["tokens"]) for step in steps or self.steps]
-        return sum(value * n for value, n in tokens) / sum(n for _, n in tokens)
+        pairs = [(step[name], step["tokens"]) for step in steps or self.steps]
+        return sum(value * tokens for value, tokens in pairs) / sum(tokens for _, tokens in pairs)
 
     def last_kl(self):
         """KL(old, new) a token, of the last epoch: in the first steps the new policy is the old."""

@@ -4301,6 +4301,20 @@ def test_a_copied_piece_works_alone_and_prints_what_the_page_says(tmp_path, snip
     assert out.stdout == printed, out.stderr
 
 
+def test_the_page_lists_all_that_a_piece_needs():
+    """And nothing else: the functions and classes of ours that it calls, and those that these do."""
+    rows = re.findall(r"^\| (`.+?) \| ([AB])(?:: (.+?))? \| .+ \|$", README, re.M)
+    assert len(rows) == 7
+    for names, layer, needs in rows:
+        names, found = set(re.findall(r"`(\w+)`", names)), set()
+        todo = [*names]
+        while todo:
+            new = get_globals_of(OURS[todo.pop()]).intersection(OURS) - found - names
+            found |= new
+            todo += new
+        assert found == set(re.findall(r"`(\w+)`", needs)) and bool(found) == (layer == "B"), names
+
+
 OTHER_SNIPPETS = [code for code in re.findall(r"```python\n(.*?)```", README, re.S)
                   if code not in [snippet for snippet, _ in SNIPPETS]]
 
