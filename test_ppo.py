@@ -4302,7 +4302,7 @@ def test_a_copied_piece_works_alone_and_prints_what_the_page_says(tmp_path, snip
 
 
 def test_the_page_lists_all_that_a_piece_needs():
-    """And nothing else: the functions and classes of ours that it calls, and those that these do."""
+    """And nothing else: the functions and classes of ours that it calls, and these in turn."""
     rows = re.findall(r"^\| (`.+?) \| ([AB])(?:: (.+?))? \| .+ \|$", README, re.M)
     assert len(rows) == 7
     for names, layer, needs in rows:
