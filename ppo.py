@@ -7,12 +7,12 @@
     2 losses   policy loss (Eq. 5), value loss (Eq. 6)
     1 loop     samples = generate_samples(prompts, actor)             for each rollout
                experiences = generate_experiences(samples, models)    log-probs, values, scores, KL,
-                                                                      rewards, by GAE advantages
+                                                                      rewards, advantages (GAE)
                train_step(minibatch, actor, critic)                   max_epochs times over it all
 
 `python ppo.py` builds a small demo offline and trains it. For your own models edit the constants.
-`import ppo` does nothing. The README derives Eq. 1-12 in the order of this file and says what each
-curve means; "Trap n" is row n of its table of the bugs that public code has.
+The README derives Eq. 1-12 in the order of this file and says what each curve means; "Trap n" is
+row n of its table of the bugs that public code has. Helpers of sections 1-7 stand in 8-15.
 
 Symbols, one letter one meaning:
     B rows (responses)   P width of prompts, padded left   T width of responses, padded right
@@ -166,7 +166,7 @@ class PromptDataset(torch.utils.data.Dataset):
 #     seqs           pad   q0   q1   q2 |  a0   a1  eos  pad      the end token is an action, earns
 #     attention_mask  0    1    1    1  |  1    1    1    0       the score, has a gradient: by that
 #     action_mask                       |  1    1    1    0       stopping is learnt (Traps 1, 2)
-#     position_ids    0    0    1    2  |  3    4    5    6
+#     position_ids    0    0    1    2  |  3    4    5    5
 #     predicts                       a0 |  a1  eos                log pi(a_t) and V(s_t) are read
 #                                                                 one column left of a_t (Trap 3)
 #
@@ -217,7 +217,7 @@ class Critic(nn.Module):
     def __init__(self, base_model):
         super().__init__()
         self.base_model = copy.deepcopy(base_model).requires_grad_(True)
-        hidden_size = base_model.get_input_embeddings().weight.shape[1]  # not OPT's hidden_size
+        hidden_size = base_model.get_input_embeddings().weight.shape[1]  # OPT's config has another
         self.value_head = nn.Linear(hidden_size, 1, device=base_model.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -252,8 +252,8 @@ def compute_policy_loss(log_probs, old_log_probs, advantages, action_mask=None, 
     clip to [1 - clip_eps, 1 + clip_eps_high]; where A < 0, at most -dual_clip A.
 
     (B, T) each -> scalar. clip_eps None: no clipping (PPO1). loss_agg: "token-mean",
-    "seq-mean-token-mean", "seq-mean-token-sum"; denominator: what the sum is divided by where this
-    call is a part of an optimizer step: all tokens of that (of the last two: all rows). ValueError:
+    "seq-mean-token-mean", "seq-mean-token-sum". denominator divides the sum; None: the tokens here
+    (the rows, for the last two); for a micro-batch give those of the whole step. ValueError:
     another loss_agg.
     Schulman et al. 2017 (arXiv 1707.06347), Eq. 6-7; dual clip: Ye et al. 2020 (1912.09729)."""
     mask = (torch.ones_like(log_probs) if action_mask is None else action_mask).bool()
@@ -329,8 +329,8 @@ def compute_rewards(kl, scores, action_mask, kl_coef, clip_reward=None):
     """Eq. 8: r_t = -kl_coef kl_t; the last real token gets the score too, clamped to +-clip_reward.
 
     kl (B, T), scores (B,), action_mask (B, T) -> (B, T), 0 where the mask is 0. kl is k1: as a
-    reward its gradient is that of -KL, that of k3 has the wrong sign (Trap 24). Ziegler et al. 2019
-    (arXiv 1909.08593), Eq. 2."""
+    reward its gradient is that of -KL, that of k3 can have the wrong sign (Trap 24). Ziegler et al.
+    2019 (arXiv 1909.08593), Eq. 2."""
     mask = action_mask.bool()
     rewards = -kl_coef * kl.masked_fill(~mask, 0.0)
     if clip_reward is not None:  # wide: within +-0.2 all good answers are equal (Trap 6)
@@ -415,7 +415,7 @@ class Experience:
     attention_mask: torch.Tensor               # (B, L)
     action_mask: torch.Tensor                  # (B, T)
     info: dict = None                          # item, response, ended, raw_score
-    old_action_log_probs: torch.Tensor = None  # (B, T) log pi_old(a_t given s_t): it sampled
+    old_action_log_probs: torch.Tensor = None  # (B, T) log pi_old(a_t given s_t): the sampler
     ref_action_log_probs: torch.Tensor = None  # (B, T) log pi_ref(a_t given s_t)
     values: torch.Tensor = None                # (B, T) V_old(s_t)
     last_values: torch.Tensor = None           # (B,)   after the last token: 0, or V_old(s_T)
@@ -426,8 +426,8 @@ class Experience:
     returns: torch.Tensor = None               # (B, T) return_t
 
 def collate_fn(rows):
-    """Rows -> one Experience, prompts padded on the left, responses on the right, with zeros: so
-    are the masks there, and what lies under a mask counts nowhere."""
+    """Rows -> one Experience, prompts padded on the left, responses on the right, with zeros, in
+    the masks too: what lies where a mask is 0 counts nowhere."""
     T = max(len(row.action_mask) for row in rows)
     P = max(len(row.seqs) - len(row.action_mask) for row in rows)
 
@@ -476,7 +476,7 @@ def get_end_tokens(model, tokenizer):
     return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None})
 
 def get_action_mask(responses, end_tokens):
-    """(B, T) ids -> (B, T), 1 up to and with the first end token. By position: padding may be
+    """(B, T) ids -> (B, T), 1 up to and including the first end token. By position: padding may be
     spelled like an end token, and a pad token may be sampled (Trap 9). An empty answer is one
     action, its end token (Trap 10)."""
     is_end = torch.isin(responses, torch.tensor(end_tokens, device=responses.device)).long()
@@ -500,8 +500,8 @@ def generate_samples(prompts, model, actor_tokenizer, max_length, max_new_tokens
                      n_samples_per_prompt, micro_rollout_batch_size, temperature=1.0,
                      add_special_tokens=True):
     """Items of a PromptDataset, or texts -> list of Samples, micro_rollout_batch_size rows in each,
-    n_samples_per_prompt for a prompt in turn. add_special_tokens: False for text out of a chat
-    template, which brings its own BOS (Trap 16)."""
+    n_samples_per_prompt successive rows for each prompt. add_special_tokens: False for text out of
+    a chat template, which brings its own BOS (Trap 16)."""
     items = [p if isinstance(p, dict) else {"prompt": p, "text": p} for p in prompts]
     items = [item for item in items for _ in range(n_samples_per_prompt)]
     # Padded on the left: every response starts in one column. Cut there too: the question stands on
@@ -569,8 +569,8 @@ def generate_experiences(samples_list, actor_model, critic_model, reward_model, 
                          score_moments=None, missing_eos_penalty=None, truncated="terminal",
                          whiten_rewards=False, whiten_advantages=True, gamma=1.0, lambd=0.95):
     """Samples -> complete rows: what four models say (Eq. 3, 7), rewards (Eq. 8), advantages and
-    returns (Eq. 9-11). score_moments: [count, mean, squares about it] of all scores so far; given,
-    it takes these in and normalises them."""
+    returns (Eq. 9-11). score_moments: [count, mean, squares about it] of all scores so far; if
+    given, it is updated with the new scores, and these are normalised by it."""
     rows, bootstrap = to_rows(samples_list), truncated == "bootstrap"
     for part in split_by_length(rows, micro_train_batch_size):
         batch = collate_fn(part)
@@ -584,13 +584,13 @@ def generate_experiences(samples_list, actor_model, critic_model, reward_model, 
             row.old_action_log_probs = action_log_probs[i, :n]
             row.ref_action_log_probs = ref_action_log_probs[i, :n]
             row.values = value[i, :n]
-            # Nothing comes after an end; what was cut may go on, if one says so (Trap 28).
+            # Nothing comes after an end; a cut response goes on, if `truncated` says so (Trap 28).
             goes_on = bootstrap and not row.info["ended"]
             row.last_values = value[i, n] if goes_on else torch.zeros_like(value[i, 0])
 
-    items, responses = zip(*((row.info["item"], row.info["response"]) for row in rows))
-    prompts, columns = get_columns(items)
-    raw_scores = compute_scores(prompts, list(responses), reward_model, reward_tokenizer,
+    prompts, columns = get_columns([row.info["item"] for row in rows])
+    responses = [row.info["response"] for row in rows]
+    raw_scores = compute_scores(prompts, responses, reward_model, reward_tokenizer,
                                 apply_chat_template, micro_train_batch_size, columns)
     for row, raw_score in zip(rows, raw_scores):
         row.info["raw_score"] = raw_score
@@ -598,12 +598,12 @@ def generate_experiences(samples_list, actor_model, critic_model, reward_model, 
     rows = gather_rows(rows)  # of all processes: means from here on are over the whole rollout
     batch = collate_fn(rows)
     action_mask = batch.action_mask
-    told = [(row.info["raw_score"], row.info["ended"]) for row in rows]
-    scores, ended = torch.tensor(told, dtype=torch.float64).T  # (B,) each
+    scores = torch.tensor([row.info["raw_score"] for row in rows], dtype=torch.float64)  # (B,)
+    ended = torch.tensor([row.info["ended"] for row in rows], dtype=torch.float64)  # (B,)
     if score_moments is not None:
         mean, std = update_moments(score_moments, scores)
         scores = (scores - mean) / (std + 1e-8)
-    scores = scores * ended if bootstrap else scores  # V(s_T) and a score: paid twice (Trap 28)
+    scores = scores * ended if bootstrap else scores  # a cut one earns V(s_T) instead (Trap 28)
     scores = (scores - (missing_eos_penalty or 0.0) * (1 - ended)).to(batch.values)
     kl = compute_approx_kl(batch.old_action_log_probs, batch.ref_action_log_probs, action_mask)
     in_reward = kl_coef if kl_in == "reward" else 0.0
@@ -642,11 +642,11 @@ def train_step(experience, actor_model, critic_model, actor_optimizer, critic_op
                max_grad_norm=1.0, ppo1_beta=0.0, kl_loss_coef=0.0, entropy_coef=0.0,
                update_actor=True):
     """One optimizer step of actor and critic on a list of rows -> dict of floats, means over the
-    real tokens of the step. Changes weights and nothing else. FloatingPointError: a loss or a
+    real tokens of the step. Changes models and optimizers only. FloatingPointError: a loss or a
     gradient is not finite; no weight has moved then."""
-    share, metrics = my_share(experience), defaultdict(float)  # of several processes, else all
+    share, metrics = my_share(experience), defaultdict(float)  # one process: all its rows
     # One denominator for the whole step: a mean of micro-batch means would weigh the tokens of a
-    # short micro-batch more (Trap 19).
+    # short micro-batch more (Trap 19). A process has its part: gradients are averaged over them.
     tokens = sum(len(row.action_mask) for row in experience)
     whole = tokens if loss_agg == "token-mean" else len(experience)
     agg = dict(loss_agg=loss_agg, denominator=whole * len(share) / len(experience))
@@ -657,7 +657,7 @@ def train_step(experience, actor_model, critic_model, actor_optimizer, critic_op
         inputs, action_mask = (batch.seqs, batch.attention_mask), batch.action_mask
         num_actions, old_action_log_probs = action_mask.shape[1], batch.old_action_log_probs
         if update_actor:
-            with recomputing(actor_model), untied(actor_model):  # less memory, the same numbers
+            with recomputing(actor_model), untied(actor_model):  # less memory (section 15)
                 output = compute_log_probs(actor_model, *inputs, num_actions, temperature,
                                            with_entropy=entropy_coef != 0)
                 action_log_probs, entropy = output if entropy_coef else (output, None)
@@ -666,7 +666,7 @@ def train_step(experience, actor_model, critic_model, actor_optimizer, critic_op
                     clip_eps, clip_eps_high, dual_clip, **agg)
                 penalty = compute_penalty(action_log_probs, batch, entropy, ppo1_beta,
                                           kl_loss_coef, entropy_coef)
-                # At ratio 1 the policy loss is the mean of -A: with A = -penalty, of the penalty.
+                # Averaged as the policy loss is: at ratio 1 that is the mean of -A, here -penalty.
                 here = action_log_probs.detach()
                 penalty = compute_policy_loss(here, here, -penalty, action_mask, None, **agg)
                 (policy_loss + penalty).backward()
@@ -695,14 +695,14 @@ def evaluate(dataset, actor_model, critic_model, reward_model, ref_model, sampli
     with torch.random.fork_rng([actor_model.device] * (actor_model.device.type == "cuda")):
         torch.manual_seed(seed)
         samples_list = generate_samples(
-            my_share(list(dataset)), actor_model, **{**sampling, "n_samples_per_prompt": 1})
+            my_share(list(dataset)), actor_model, **sampling | dict(n_samples_per_prompt=1))
         return generate_experiences(samples_list, actor_model, critic_model, reward_model,
                                     ref_model, **scoring)[:len(dataset)]
 
 def train(prompts_dataset, eval_dataset, actor_model, critic_model, reward_model, ref_model,
           actor_tokenizer, reward_tokenizer, writer):
-    """The run that the constants describe. reward_model: a sequence classifier, or a function
-    reward_fn(prompts, responses, **columns) -> floats. eval_dataset and writer may be None."""
+    """The run that the constants describe -> its Run (section 10). reward_model: a classifier or a
+    function reward_fn(prompts, responses, **columns) -> floats; eval_dataset, writer: or None."""
     models = (actor_model, critic_model, reward_model, ref_model)
     optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr,
                                     weight_decay=weight_decay, fused=True)
@@ -737,13 +737,11 @@ def train(prompts_dataset, eval_dataset, actor_model, critic_model, reward_model
                     state.kl_coef if kl_in == "loss" else 0.0, entropy_coef,
                     update_actor=state.rollout >= critic_warmup)
                 run.steps.append(metrics)
-                kl = metrics.get("approx_kl", 0.0)
-                if policy_loss == "clip" and target_kl is not None and kl > target_kl:
+                if policy_loss == "clip" and metrics.get("approx_kl", 0) > (target_kl or math.inf):
                     break  # the rollout has become too old for its policy
-        rows = len(buffer.rows)
         if kl_target is not None:
-            kl = sum(row.kl.sum().item() for row in buffer.rows) / rows
-            state.kl_coef = adapt_kl_coef(state.kl_coef, kl, kl_target, rows, kl_horizon)
+            kl, rows = sum(row.kl.sum().item() for row in buffer.rows), len(buffer.rows)
+            state.kl_coef = adapt_kl_coef(state.kl_coef, kl / rows, kl_target, rows, kl_horizon)
         if policy_loss == "ppo1" and state.rollout >= critic_warmup:
             state.ppo1_beta = adapt_ppo1_beta(state.ppo1_beta, run.last_kl(), target_kl)
         run.finish_rollout(buffer.rows)  # log, evaluate, save
@@ -858,8 +856,8 @@ def load_model(constant, name):
 ENABLE = "activation_checkpointing_enable"  # gradient_checkpointing_enable in older transformers
 
 def make_models(load_model):
-    """load_model(constant, name) -> actor, critic, reward model, reference. Of the bill's loader,
-    models without memory. InputError: one has too few positions, or knows too few tokens."""
+    """-> actor, critic, reward model, reference, each from load_model(constant, name): that of the
+    bill loads without memory. InputError: one has too few positions, or knows too few tokens."""
     actor_model = load_model("actor_name", actor_name)
     reward_model = reward_fn or load_model("reward_name", reward_name).requires_grad_(False)
     if lora_rank:
@@ -924,7 +922,7 @@ def to_cell(text):
 
 # ---- 9. What is logged -------------------------------------------------------------------------
 
-CHARTS = {  # TensorBoard's page: what a tag is; or that, healthy from, to, and where else to look
+CHARTS = {  # TensorBoard's page. tag: what it is, or (that, healthy from, to, advice outside it)
     "4 models: score and gold": {
         "reward/score_mean": "score of a response, raw", "reward/after_kl": "score - kl_coef KL",
         "reward/score_std": ("deviation of scores", 1e-6, None, "all equal: look at the reward"),
@@ -1050,7 +1048,7 @@ class Run:
         path = find_checkpoint()
         if path:
             load_checkpoint(path, self)
-        for other in list_checkpoints() if rank() == 0 else []:  # of another course
+        for other in list_checkpoints() if rank() == 0 else []:  # newer: another course
             if not path or other[-6:] >= path[-6:] and not os.path.samefile(other, path):
                 shutil.rmtree(other + ".aside", ignore_errors=True)
                 os.rename(other, other + ".aside")

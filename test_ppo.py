@@ -6,6 +6,7 @@ invariances, gradients; and each was seen to fail when the line that it guards w
 
 import ast
 import builtins
+import concurrent.futures
 import contextlib
 import copy
 import datetime
@@ -34,6 +35,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
+ENVIRONMENT = dict(os.environ)  # of the programs that run beside the tests, which may change it
 
 import numpy
 import pytest
@@ -52,6 +54,28 @@ from torch.utils.tensorboard import SummaryWriter
 import ppo
 
 torch.set_num_threads(1)  # of tiny models the threads would only wait for each other
+
+AHEAD = {}
+
+
+def ahead(prepare):
+    """prepare(folder) -> a function that waits for programs -> a fixture, what that returns. One
+    after the other they run from the first test on, on a second core, if a test asks for them."""
+    AHEAD[prepare.__name__] = prepare
+
+    @pytest.fixture(scope="session", name=prepare.__name__)
+    def wait(begun):
+        return begun[prepare.__name__].result()
+    return wait
+
+
+@pytest.fixture(scope="session", autouse=True)
+def begun(request, tmp_path_factory):
+    asked = {name for item in request.session.items for name in item.fixturenames}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        yield {name: pool.submit(prepare(tmp_path_factory.mktemp(name)))
+               for name, prepare in AHEAD.items() if name in asked}
+        pool.shutdown(cancel_futures=True)
 
 
 # ==================================================================================================
@@ -2123,31 +2147,35 @@ def test_a_second_train_in_one_process_saves_its_own_checkpoints(go):
         "1", "1.aside", "2", "2.aside", "3.aside")]
 
 
-@pytest.mark.usefixtures("small")
-def test_three_mistakes_of_a_user_as_processes(folders, tmp_path):
-    """python ppo.py: exit code, one sentence on stderr, no traceback."""
+@ahead
+def three_mistakes(folder):
+    make_models(folder)
     source, processes = Path(ppo.__file__).read_text(encoding="utf-8"), {}
-    base = dict(actor_name=str(folders / "no_chat"), apply_chat_template=False, device="cpu",
+    base = dict(actor_name=str(folder / "actor"), apply_chat_template=False, device="cpu",
                 eval_prompts_file=None, prompts_file=["a", "b"], max_length=8, max_new_tokens=4)
     for name, constants in {"clip_eps": dict(clip_eps="much"), "reward_fn": {},
                             "line 2": dict(prompts_file="p.jsonl")}.items():
-        folder, text = tmp_path / name.replace(" ", ""), source
-        folder.mkdir()
-        (folder / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+        place, text = folder / name.replace(" ", ""), source
+        place.mkdir()
+        (place / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
         values = {key: repr(value) for key, value in {**base, **constants}.items()}
         values["reward_fn"] = "lambda prompts, responses: [float('nan')] * len(prompts)"
         for key, value in values.items():
             text, count = re.subn(rf"(?m)^{key} = .*", lambda _: f"{key} = {value}", text)
             assert count == 1, key
-        (folder / "ppo.py").write_text(text, encoding="utf-8")
-        processes[name] = folder, subprocess.Popen(
-            [sys.executable, "ppo.py"], cwd=folder, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for name, (folder, process) in processes.items():
-        out, err = process.communicate(timeout=120)
-        lines = [line for line in err.splitlines() if "ppo.py: " in line]
-        assert process.returncode == 1 and len(lines) == 1 and name in lines[0], err
-        assert "Traceback" not in out + err
+        (place / "ppo.py").write_text(text, encoding="utf-8")
+        processes[name] = place
+    return lambda: {name: (place, subprocess.run(
+        [sys.executable, "ppo.py"], cwd=place, text=True, capture_output=True, timeout=120,
+        env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"})) for name, place in processes.items()}
+
+
+def test_three_mistakes_of_a_user_as_processes(three_mistakes):
+    """python ppo.py: exit code, one sentence on stderr, no traceback."""
+    for name, (folder, done) in three_mistakes.items():
+        lines = [line for line in done.stderr.splitlines() if "ppo.py: " in line]
+        assert done.returncode == 1 and len(lines) == 1 and name in lines[0], done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
         assert (folder / "runs").exists() == (name == "reward_fn")
         assert not [*folder.rglob("*.tmp"), *folder.rglob("*.unfinished")]
 
@@ -3665,19 +3693,36 @@ print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
 
-@pytest.mark.parametrize("lora_rank", [0, pytest.param(8, marks=pytest.mark.slow)])
-def test_bill_is_an_upper_bound(place, tmp_path, lora_rank):
-    make_models(tmp_path, hidden_size=320, intermediate_size=960, vocab_size=20_000,
+def run_bill(folder, lora_rank):
+    make_models(folder, hidden_size=320, intermediate_size=960, vocab_size=20_000,
                 num_hidden_layers=3, initializer_range=0.02)
     constants = CONSTANTS | dict(max_new_tokens=16, micro_train_batch_size=2, max_epochs=1,
                                  episodes=8 / 7, lora_rank=lora_rank, actor_lr=1e-4, critic_lr=1e-4)
     code = BILL.format(here=HERE, constants=json.dumps(constants))
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    return lambda: subprocess.run([sys.executable, "-c", code], cwd=folder, env=ENVIRONMENT,
+                                  capture_output=True, text=True, timeout=300)
+
+
+def check_bill(out):
     assert out.returncode == 0, out.stderr
     bill = float(re.search(r"at most (\d+) MiB", out.stdout)[1])
     peak = float(re.search(r"PEAK (.*)", out.stdout)[1])
     print(out.stdout[:1500], peak)
     assert peak <= bill <= 1.5 * peak, (peak, bill)
+
+
+@ahead
+def full_bill(folder):
+    return run_bill(folder, lora_rank=0)
+
+
+def test_bill_is_an_upper_bound(full_bill):
+    check_bill(full_bill)
+
+
+@pytest.mark.slow
+def test_bill_of_adapters_is_an_upper_bound(tmp_path):
+    check_bill(run_bill(tmp_path, lora_rank=8)())
 
 
 def test_bill_stops_a_run_that_does_not_fit(place, monkeypatch, capsys):
@@ -4021,7 +4066,7 @@ def start_processes(folder, count, *names):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     out = subprocess.run(
         [sys.executable, *torchrun, os.path.abspath(__file__), str(folder / "out"), *names],
-        cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        cwd=folder, env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         timeout=240)
     assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-6000:]
     lines = [[json.loads(line) for line in open(folder / f"out.{i}.json")] for i in range(count)]
@@ -4036,10 +4081,9 @@ def one_process(tmp_path_factory):
                     for name in ("same_weights", "memory")}
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    return folder, start_processes(folder, 2, *NAMES)
+@ahead
+def two_processes(folder):
+    return lambda: (folder, start_processes(folder, 2, *NAMES))
 
 
 def assert_same(one_process, several):
@@ -4216,15 +4260,22 @@ def test_equations_have_one_number_in_code_and_page_and_come_in_order():
         assert f"Eq. {n}" in OURS[name].__doc__, name
 
 
-def test_importing_does_nothing(tmp_path):
-    """No seed, no folder, no process group, no thread setting."""
+@ahead
+def importing(folder):
     code = ("import random, torch; "
             "a = torch.get_rng_state(), random.getstate(), torch.get_num_threads();"
             "import ppo; b = torch.get_rng_state(), random.getstate(), torch.get_num_threads();"
             "assert a[0].equal(b[0]) and a[1:] == b[1:] and not torch.distributed.is_initialized()")
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120,
-                   env=os.environ | {"PYTHONPATH": str(HOME), "PYTHONDONTWRITEBYTECODE": "1"})
-    assert not list(tmp_path.iterdir())
+    environment = ENVIRONMENT | {"PYTHONPATH": str(HOME), "PYTHONDONTWRITEBYTECODE": "1"}
+    return lambda: (folder, subprocess.run([sys.executable, "-c", code], cwd=folder, timeout=120,
+                                           env=environment, capture_output=True, text=True))
+
+
+def test_importing_does_nothing(importing):
+    """No seed, no folder, no process group, no thread setting."""
+    folder, done = importing
+    assert done.returncode == 0, done.stderr
+    assert not list(folder.iterdir())
 
 
 def test_the_table_of_curves_is_that_of_the_code():
@@ -4288,17 +4339,24 @@ def test_each_trap_of_the_page_names_a_test_that_is_here():
 SNIPPETS = re.findall(r"```python\n((?:(?!```).)*)```\n```text\n(.*?)```", README, re.S)
 
 
-@pytest.mark.parametrize("snippet, printed", SNIPPETS)
-def test_a_copied_piece_works_alone_and_prints_what_the_page_says(tmp_path, snippet, printed):
+@ahead
+def pieces(folder):
+    for n, (snippet, _) in enumerate(SNIPPETS):
+        names = re.search(r"from ppo import (.*)", snippet)[1].split(", ")
+        alone = ["import torch", "import torch.nn.functional as F"]
+        (folder / f"{n}").mkdir()
+        (folder / f"{n}" / "ppo.py").write_text("\n\n".join(
+            alone + [inspect.getsource(OURS[name]) for name in names]))
+        (folder / f"{n}" / "piece.py").write_text(snippet)
+    return lambda: [subprocess.run(
+        [sys.executable, "piece.py"], cwd=folder / f"{n}", capture_output=True, text=True,
+        env=ENVIRONMENT, timeout=120) for n in range(len(SNIPPETS))]
+
+
+@pytest.mark.parametrize("n", range(len(SNIPPETS)))
+def test_a_copied_piece_works_alone_and_prints_what_the_page_says(pieces, n):
     """Beside it lies nothing but the functions that it imports."""
-    names = re.search(r"from ppo import (.*)", snippet)[1].split(", ")
-    alone = ["import torch", "import torch.nn.functional as F"]
-    (tmp_path / "ppo.py").write_text("\n\n".join(
-        alone + [inspect.getsource(OURS[n]) for n in names]))
-    (tmp_path / "piece.py").write_text(snippet)
-    out = subprocess.run([sys.executable, "piece.py"], cwd=tmp_path, capture_output=True, text=True,
-                         timeout=120)
-    assert out.stdout == printed, out.stderr
+    assert pieces[n].stdout == SNIPPETS[n][1], pieces[n].stderr
 
 
 def test_the_page_lists_all_that_a_piece_needs():
@@ -4359,13 +4417,19 @@ def test_the_reward_function_of_the_page_gets_its_column(main):
     assert found == {("a b", 1.0), ("c", 0.0)}
 
 
-def test_the_trained_actor_answers_as_the_page_calls_it(tmp_path):
+@ahead
+def talk(folder):
+    final = folder / "runs" / "demo" / "final"
+    make_models(final.parent)
+    (final.parent / "actor").rename(final)
+    return lambda: (final, subprocess.run(
+        [sys.executable, "-c", OTHER_SNIPPETS[2]], cwd=folder, env=ENVIRONMENT,
+        capture_output=True, text=True, timeout=120))
+
+
+def test_the_trained_actor_answers_as_the_page_calls_it(talk):
     """A stand-in lies where a run leaves its actor. It says what greedy `generate` says."""
-    folder = tmp_path / "runs" / "demo" / "final"
-    make_models(folder.parent)
-    (folder.parent / "actor").rename(folder)
-    out = subprocess.run([sys.executable, "-c", OTHER_SNIPPETS[2]], cwd=tmp_path,
-                         capture_output=True, text=True, timeout=120)
+    folder, out = talk
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     question = re.search(r'"content": "(.*?)"', OTHER_SNIPPETS[2])[1]
     ids = tokenizer(f"<user> {question} <bot>", return_tensors="pt", return_token_type_ids=False)
@@ -4377,8 +4441,8 @@ def test_the_trained_actor_answers_as_the_page_calls_it(tmp_path):
 
 def on_path():
     """The environment of a user whose `python` and `tensorboard` are those of the tests."""
-    return os.environ | {"PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"],
-                         "PYTHONDONTWRITEBYTECODE": "1"}
+    path = os.path.dirname(sys.executable) + os.pathsep + ENVIRONMENT["PATH"]
+    return ENVIRONMENT | {"PATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def test_each_edit_by_sed_on_the_page_changes_one_constant():
@@ -4402,11 +4466,15 @@ def test_each_pytest_command_of_the_page_has_something_to_run():
             assert any(word in name for name in globals() if name.startswith("test_")), options
 
 
-def test_one_trap_runs_as_the_page_says():
+@ahead
+def one_trap(folder):
     command = re.search(r"`(python -m pytest -k trap_\d\d)`", README)[1]
-    out = subprocess.run(command.split(), cwd=HOME, capture_output=True, text=True, timeout=240,
-                         env=on_path())
-    assert out.returncode == 0 and re.search(r"\b1 passed", out.stdout), out.stdout
+    return lambda: subprocess.run(command.split(), cwd=HOME, capture_output=True, text=True,
+                                  timeout=240, env=on_path())
+
+
+def test_one_trap_runs_as_the_page_says(one_trap):
+    assert one_trap.returncode == 0 and re.search(r"\b1 passed", one_trap.stdout), one_trap.stdout
 
 
 def test_tensorboard_starts_as_the_page_says(tmp_path):
