@@ -2948,6 +2948,74 @@ def test_train_closes_the_gap_to_the_best_policy_that_there_is(monkeypatch, row,
     assert closed > least.get(kind, 0.5)
 
 
+def trl_in_world(kind, seed, rate, rollouts=200):
+    """TRL on the same world, with its own settings but for what defines the work: 256 responses a
+    rollout, 4 epochs, minibatches of 64, kl_coef 0.3. It tells padding by its id, so the actor gets
+    a fifth token for that, which is never sampled."""
+    import contextlib, copy, gc, itertools, json, sys, tempfile, types  # noqa: E401
+    import datasets, tokenizers, torch, transformers  # noqa: E401
+    import trl.experimental.ppo.ppo_trainer as ppo
+
+    class Head(torch.nn.Linear):
+        def forward(self, hidden):
+            return torch.nn.functional.pad(super().forward(hidden), (0, 1), value=-1e9)
+
+    world, get_reward, table = EnumerableWorld(kind, seed), ppo.get_reward, torch.nn.Linear(1, 1)
+    world.tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    world.tokenizer.padding_side = "left"
+    value = transformers.LlamaForSequenceClassification(copy.deepcopy(world.actor.config))
+    value.config.num_labels, value.score = 1, torch.nn.Linear(64, 1, bias=False)
+    torch.nn.init.zeros_(value.score.weight)
+    value.model.load_state_dict(world.actor.model.state_dict())
+    for model in (world.actor, world.ref, value):
+        old = model.get_input_embeddings()
+        model.set_input_embeddings(torch.nn.Embedding(5, 64))
+        model.get_input_embeddings().weight.data[:4] = old.weight.data
+        model.config.pad_token_id = 4
+    for model in (world.actor, world.ref):
+        model.lm_head.__class__ = Head
+
+    def look_up(model, seqs, pad, start):
+        if model is not table:
+            return get_reward(model, seqs, pad, start)
+        texts = [world.tokenizer.batch_decode(part, skip_special_tokens=True)
+                 for part in (seqs[:, :start], seqs[:, start:])]
+        return None, torch.tensor(world.reward_fn(*texts), dtype=torch.float32), None
+
+    ppo.get_reward, ppo.gc = look_up, types.SimpleNamespace(collect=lambda: None)
+    torch.set_num_threads(1)
+    data = datasets.Dataset.from_dict(
+        {"input_ids": world.tokenizer(world.prompts * 128)["input_ids"]})
+    with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(sys.stderr):
+        config = ppo.PPOConfig(
+            output_dir=output, total_episodes=rollouts * 256, per_device_train_batch_size=256,
+            gradient_accumulation_steps=1, num_mini_batches=4, num_ppo_epochs=4, seed=seed,
+            local_rollout_forward_batch_size=256, response_length=3, stop_token="eos", kl_coef=0.3,
+            temperature=1.0, missing_eos_penalty=None, learning_rate=rate, report_to="none",
+            num_sample_generations=0, gradient_checkpointing=False, bf16=False, use_cpu=True,
+            save_strategy="no", disable_tqdm=True, logging_steps=50)
+        ppo.PPOTrainer(
+            args=config, processing_class=world.tokenizer, model=world.actor, ref_model=world.ref,
+            reward_model=table, value_model=value, train_dataset=data).train()
+    print(json.dumps(dict(row="TRL 1.12.0", kind=kind, seed=seed, rate=rate,
+                          closed=round(world.closed(), 4))))
+
+
+@pytest.mark.benchmark
+@pytest.mark.skipif("TRL_PYTHON" not in os.environ, reason="names no Python that has trl 1.12.0")
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["additive", "random"])
+def test_how_far_trl_closes_the_same_gap(kind, seed):
+    """The page's row of TRL: the best of four rates, which decay to 0 as ours do."""
+    source = "\n".join(["import copy, itertools, tokenizers, torch, transformers",
+                        *map(inspect.getsource, (EnumerableWorld, trl_in_world)), "trl_in_world"])
+    lines = [run_race(os.environ["TRL_PYTHON"], f"{source}({kind!r}, {seed}, {rate})")
+             for rate in (1e-4, 3e-4, 1e-3, 3e-3)]
+    for line in lines:
+        print(json.dumps(line), flush=True)
+    assert 0.5 < max(line["closed"] for line in lines) < 1
+
+
 # ==================================================================================================
 # E. Stop it anywhere
 # ==================================================================================================
