@@ -150,6 +150,8 @@ class PromptDataset(torch.utils.data.Dataset):
             elif not isinstance(item["prompt"], str):
                 raise InputError(f"prompt {n} is messages: set apply_chat_template = True")
             ids = tokenizer(item["text"], add_special_tokens=not apply_chat_template)["input_ids"]
+            if not ids:
+                raise InputError(f"prompt {n} has no token: {item['text'][:50]!r}")
             self.truncated += len(ids) > max_length
 
     def __len__(self):
@@ -488,7 +490,7 @@ def plain_sampling(model, end_tokens, pad_token_id, temperature, max_new_tokens)
     own config is replaced, for `generate` takes from it what a passed one leaves open; and top_k=0
     is said, for unsaid it is 50. Otherwise KL to the reference turns negative (Trap 8)."""
     own, model.generation_config = model.generation_config, transformers.GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, repetition_penalty=1.0,
+        do_sample=True, temperature=float(temperature), top_k=0, top_p=1.0, repetition_penalty=1.0,
         max_new_tokens=max_new_tokens, eos_token_id=end_tokens, pad_token_id=pad_token_id)
     try:
         yield
@@ -874,6 +876,8 @@ def make_models(load_model):
         if config.vocab_size < actor_model.config.get_text_config().vocab_size:
             raise InputError(f"{constant} knows fewer tokens than actor_name: name another model")
         if gradient_checkpointing:  # `recomputing` switches it on where it is wanted
+            if not model.supports_gradient_checkpointing:
+                raise InputError(f"gradient_checkpointing: {constant} has none, set it to False")
             (getattr(model, ENABLE, None) or model.gradient_checkpointing_enable)()
     return actor_model, critic_model, reward_model, ref_model
 
@@ -1083,7 +1087,9 @@ class Run:
         """All minibatches of all epochs, the learning rates set for each."""
         steps = max_epochs * math.ceil(len(buffer.rows) / train_batch_size)
         step, rates = self.state.rollout * steps, dict(actor_lr=actor_lr, critic_lr=critic_lr)
-        self.metrics["kl_coef"] = self.state.kl_coef  # noted here: `train` may adapt it after this
+        self.metrics["kl_coef"] = self.state.kl_coef  # of now: `train` may adapt both after this
+        if policy_loss == "ppo1":
+            self.metrics["ppo1_beta"] = self.state.ppo1_beta
         for _ in range(max_epochs):
             order = torch.Generator().manual_seed(seed * 1_000_003 + step)  # one in all processes
             for experience in buffer.minibatches(train_batch_size, order):
@@ -1107,7 +1113,7 @@ class Run:
         """Times a phase. A signal, or a loss that is not finite, ends the run with all saved."""
         start, self.now = time.perf_counter(), name
         try:
-            if any(gather(self.stopping)):
+            if name != "evaluate" and any(gather(self.stopping)):
                 raise Stopped
             yield
             self.now, self.metrics[name] = None, time.perf_counter() - start
@@ -1145,8 +1151,6 @@ class Run:
             metrics["ratio_max"] = max(step["ratio_max"] for step in self.steps)
         seconds = sum(metrics[name] for name in ("generate", "score", "train"))
         metrics["tokens_per_second"] = sum(len(row.action_mask) for row in rows) / seconds
-        if policy_loss == "ppo1":
-            metrics["ppo1_beta"] = state.ppo1_beta
         if "gold" in metrics:
             state.best_gold = max(state.best_gold, metrics["gold"])
             metrics["gold_lost"] = state.best_gold - metrics["gold"]
@@ -1167,7 +1171,9 @@ class Run:
                 self.writer.add_text("trace", "    " + text.replace("\n", "\n    "), done)
         self.steps, self.metrics = [], {}
         if last or eval_every and done % eval_every == 0:
-            self.after = self.evaluate(self.models[0])
+            self.snapshot = copy.deepcopy(vars(state))
+            with self.phase("evaluate"):
+                self.after = self.evaluate(self.models[0])
         if save_every and (last or done % save_every == 0):
             self.snapshot = copy.deepcopy(vars(state))
             save_checkpoint(self)
@@ -1287,6 +1293,7 @@ def write_folder(path, write):
 def save_model(model, weights, tokenizer, folder):
     tied = getattr(model, "all_tied_weights_keys", ())  # joined from parts they are two copies
     model.save_pretrained(folder, state_dict={k: w for k, w in weights.items() if k not in tied})
+    tokenizer("")  # else the last call's padding and max_length are saved as the tokenizer's own
     tokenizer.save_pretrained(folder)
 
 def save_checkpoint(run):
@@ -1406,8 +1413,8 @@ def check_forward(run):
 
     rows, alone, worse = (generate_experiences(
         samples_list, actor, critic, lambda prompts, responses, **_: [score] * len(responses), ref,
-        gamma=gamma, lambd=lambd, whiten_advantages=False, truncated=truncated,
-        temperature=temperature, micro_train_batch_size=size)
+        gamma=gamma, lambd=lambd, whiten_advantages=False, temperature=temperature,
+        micro_train_batch_size=size)
         for score, size in ((1.0, 4), (1.0, 1), (-1.0, 4)))
     batch, alone = collate_fn(rows), collate_fn(alone)
     seqs, T = batch.seqs, batch.action_mask.shape[1]
@@ -1442,6 +1449,8 @@ def check_update(run, rows, rounding):
     weights = [{p.data_ptr() or id(p): p for p in model.parameters()}  # 0: of a divided model
                for model in run.models if isinstance(model, nn.Module)]
     norms, optimizer = [], unittest.mock.Mock()  # it clears no gradient and moves no weight
+    for p in (weights[0] | weights[1]).values():
+        p.grad = None  # of an earlier training
     for size in (1, len(rows)):
         step = train_step(rows, actor, critic, optimizer, optimizer, size, temperature,
                           loss_agg=loss_agg, max_grad_norm=math.inf)
@@ -1464,7 +1473,8 @@ def check_update(run, rows, rounding):
 
 # ---- 13. Several processes ---------------------------------------------------------------------
 #
-# `torchrun --nproc_per_node=N ppo.py`: each process holds an N-th of every weight of all models, of
+# `torchrun --nproc_per_node=N --shutdown_timeout=600 ppo.py` (the default, 30 s, can be too short
+# for an update that Ctrl-C waits for): each process holds an N-th of every weight of all models, of
 # its gradient and its Adam, and borrows the rest of a layer when that is used (torch's FSDP2). It
 # does an N-th of a rollout and of a minibatch; the finished rows are known to all, who compute the
 # same from them. Who gathers waits for the others: all must come by the same gathers in turn.
@@ -1730,9 +1740,10 @@ def show_bill():
     copies = patch(torch.Tensor, "__deepcopy__", lambda tensor, memo: (
         tensor.detach().clone().requires_grad_(tensor.requires_grad)))
     stay = patch(nn.Module, "to", lambda module, *_, **__: module)
+    blank = patch(transformers.PreTrainedModel, "initialize_weights", lambda model: None)
     say("  MiB     parameters    weights  gradients       Adam    at work")
     fixed = work = 0
-    with mode, copies, stay, torch.device(device):
+    with mode, copies, stay, blank, torch.device(device):
         for name, model in zip(("actor", "critic", "reward", "ref"), make_models(load_empty)):
             if isinstance(model, nn.Module):
                 try:
@@ -1984,6 +1995,10 @@ def check_constants():
             (rollout_batch_size % processes or train_batch_size % processes,
              f"rollout_batch_size, train_batch_size: take multiples of the {processes} processes"),
             (lora_rank and processes > 1, "lora_rank above 0 trains in one process: set it to 0"),
+            (kl_target and not kl_coef, "kl_target multiplies kl_coef: that must be above 0"),
+            (any(os.path.abspath(name or ".").startswith(os.path.abspath(run_folder()) + os.sep)
+                 for name in (actor_name, reward_name, critic_name)),
+             f"run_name: a model lies in {run_folder()}, which this run puts aside: take another"),
             (policy_loss == "ppo1" and not target_kl, "policy_loss = 'ppo1' needs a target_kl"),
             (kl_coef_start and (not kl_coef or kl_target),
              "kl_coef_start is annealed to kl_coef: that must be above 0, and kl_target None")):
