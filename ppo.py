@@ -729,6 +729,7 @@ def train(prompts_dataset, eval_dataset, actor_model, critic_model, reward_model
                 samples_list, *models, **scoring, kl_coef=state.kl_coef, kl_in=kl_in, gamma=gamma,
                 score_moments=state.score_moments if normalize_scores else None, lambd=lambd,
                 whiten_rewards=whiten_rewards, whiten_advantages=whiten_advantages))
+            run.metrics |= get_rollout_metrics(buffer.rows)  # gold_fn may fail: nothing has moved
         with run.phase("train"):
             for experience in run.epochs(buffer):  # max_epochs times all minibatches
                 metrics = train_step(
@@ -1009,8 +1010,8 @@ def get_rollout_metrics(rows):
     if gold_fn is not None:
         prompts, columns = get_columns([row.info["item"] for row in rows])
         responses = [row.info["response"] for row in rows]
-        golds = gold_fn(prompts, responses, **columns)
-        metrics["gold"] = sum(check_scores(golds, responses, "gold_fn")) / n
+        golds = check_scores(gold_fn(prompts, responses, **columns), responses, "gold_fn")
+        metrics |= dict(gold=sum(golds) / n, gold_noise=4 * numpy.std(golds) / n ** 0.5)
     return {name: float(value) for name, value in metrics.items()}
 
 # ---- 10. The run around the loop ---------------------------------------------------------------
@@ -1058,7 +1059,7 @@ class Run:
                 os.rename(other, other + ".aside")
         if self_check != "off":
             run_self_check(self)
-        if self.writer and not path:  # a resumed run goes on in a folder that has them
+        if self.writer and not is_ours(path):  # else it goes on in a folder that has them
             lines = [f"| {name} | {show(repr(value))} |" for name, value in get_constants().items()]
             self.writer.add_text("constants", "\n".join(["| constant | value |", "|-|-|", *lines]))
             pages = defaultdict(dict)
@@ -1121,10 +1122,10 @@ class Run:
             saved = " and saved: set resume = 'latest' to go on" if save_checkpoint(self) else ""
             raise Stopped("stopped" + saved) from None
         except FloatingPointError as error:
-            self.save_actor("stopped")
+            saved = f"; {run_folder()}/stopped has the actor" * self.save_actor("stopped")
             raise InputError(
                 f"rollout {self.state.rollout + 1}, optimizer step {len(self.steps) + 1}: {error}; "
-                f"lower actor_lr or critic_lr; {run_folder()}/stopped has the actor") from None
+                f"lower actor_lr or critic_lr{saved}") from None
         except Exception:  # of reward_fn, most likely: no weight of this rollout has moved
             if self.state.rollout and name != "train" and world_size() == 1:
                 if save_checkpoint(self):
@@ -1145,8 +1146,8 @@ class Run:
 
     def finish_rollout(self, rows):
         """Logs it, evaluates and saves where it is time to."""
-        state, metrics = self.state, self.metrics | get_rollout_metrics(rows)
-        metrics |= {name: self.mean(name) for name in self.steps[0]}
+        state = self.state
+        metrics = self.metrics | {name: self.mean(name) for name in self.steps[0]}
         if "ratio_max" in metrics:
             metrics["ratio_max"] = max(step["ratio_max"] for step in self.steps)
         seconds = sum(metrics[name] for name in ("generate", "score", "train"))
@@ -1167,8 +1168,8 @@ class Run:
         if trace_every and done % trace_every == 0:
             text = trace(rows, self.models[0], self.sampling["actor_tokenizer"],
                          metrics["kl_coef"] if kl_in == "reward" else 0.0)
-            if self.writer:  # indented, so that Markdown leaves it as it is
-                self.writer.add_text("trace", "    " + text.replace("\n", "\n    "), done)
+            # Indented, so that Markdown leaves it as it is.
+            self.plot("add_text", "trace", "    " + text.replace("\n", "\n    "), done)
         self.steps, self.metrics = [], {}
         if last or eval_every and done % eval_every == 0:
             self.snapshot = copy.deepcopy(vars(state))
@@ -1178,13 +1179,26 @@ class Run:
             self.snapshot = copy.deepcopy(vars(state))
             save_checkpoint(self)
 
+    def plot(self, kind, *what):
+        """To TensorBoard. Its writer ends with its first error, of a full disk; the run goes on."""
+        try:
+            if self.writer:
+                getattr(self.writer, kind)(*what)
+        except OSError as error:
+            say(f"  ! no more curves ({error})")
+            self.writer.all_writers = self.writer = None  # its close would raise it again
+
     def log(self, metrics):
         """All tags, and advice where one is outside of its range for the third time in a row."""
         for tag, (what, low, high, advice) in METRICS.items():
             if (value := metrics.get(tag.split("/")[-1])) is None:
                 continue
-            if self.writer:
-                self.writer.add_scalar(tag, value, self.state.rollout)
+            self.plot("add_scalar", tag, value, self.state.rollout)
+            if (tag == "policy/clip_fraction" and len(self.steps) == 1 or max_new_tokens == 1
+                    and tag in ("rollout/ended", "rollout/response_length")):
+                low = None  # a single step clips nothing, a single token is seldom an end
+            if tag == "reward/gold_lost":  # 0.1 suits a gold from 0 to 1; and it may be noise
+                high = max(high, metrics.get("gold_noise", 0))
             outside = low is not None and value < low or high is not None and value > high
             self.strikes[tag] = self.strikes[tag] + 1 if outside else 0
             if self.strikes[tag] == 3:
@@ -1199,12 +1213,12 @@ class Run:
         metrics, done = get_rollout_metrics(rows), self.state.rollout
         if log and self.writer:
             for name in {"score_mean", "ref_k1", "gold"}.intersection(metrics):
-                self.writer.add_scalar(f"eval/{name}", metrics[name], done)
+                self.plot("add_scalar", f"eval/{name}", metrics[name], done)
             lines = [f"| {to_cell(str(row.info['item']['prompt']))} | "
                      f"{to_cell(row.info['response'])} | {row.info['raw_score']:.2f} |"
                      for row in rows[:16]]
             lines = ["| prompt | response | score |", "|-|-|-|", *lines]
-            self.writer.add_text("samples", "\n".join(lines), done)
+            self.plot("add_text", "samples", "\n".join(lines), done)
         if log and done and metrics["after_kl"] > self.state.best and self.save_actor("best"):
             self.state.best = metrics["after_kl"]
         return rows
@@ -1229,12 +1243,19 @@ class Run:
 def run_folder():
     return os.path.join("runs", run_name)
 
+def is_ours(path):
+    """Is it a checkpoint in this run's folder?"""
+    return path and os.path.realpath(path).startswith(os.path.realpath(run_folder()) + os.sep)
+
 def claim_run_folder(path):
-    """-> an open file, whose lock keeps out a second run of this name: they would mix. What a kill
+    """A lock keeps out a second run of this name while this one lives: they would mix. What a kill
     left half written goes; the folder of an earlier run is put aside, but for one to resume."""
-    os.makedirs("runs", exist_ok=True)
-    lock = open(f"{run_folder()}.lock", "w")
-    with contextlib.suppress(ImportError):  # Windows has no fcntl
+    try:
+        os.makedirs("runs", exist_ok=True)
+        lock = claim_run_folder.lock = open(f"{run_folder()}.lock", "w")  # an earlier one closes
+    except OSError as error:
+        raise InputError(f"{run_folder()} cannot be written: {error}") from None
+    with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, some disks no locks
         import fcntl
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1242,12 +1263,11 @@ def claim_run_folder(path):
             raise InputError(f"another run writes to {run_folder()}: set run_name") from None
     for half in glob.glob(run_folder() + "/**/*.tmp", recursive=True):
         shutil.rmtree(half, ignore_errors=True)
-    if path is None and os.path.exists(run_folder()):
+    if not is_ours(path) and os.path.exists(run_folder()):
         aside = next(f"{run_folder()}.{n}" for n in itertools.count(1)
                      if not os.path.exists(f"{run_folder()}.{n}"))
         os.rename(run_folder(), aside)
         say(f"the earlier {run_folder()} is now {aside}")
-    return lock
 
 def get_constants():
     """Their values; functions and lists, which are no data of ours, by their names."""
@@ -1306,8 +1326,7 @@ def save_checkpoint(run):
     rest = dict(constants=get_constants(), state=run.snapshot, optimizers=optimizers)
 
     def write(folder):
-        if run.writer:
-            run.writer.flush()  # a run that goes on from here will not write these points again
+        run.plot("flush")  # a run that goes on from here will not write these points again
         if lora_rank:
             safetensors.torch.save_file(actor, f"{folder}/actor.safetensors")
         else:
@@ -1372,6 +1391,9 @@ def load_checkpoint(path, run):
     run.state = State(**rest["state"])
     if kl_target is None:  # else the adapted one goes on
         run.state.kl_coef = kl_coef
+    if not is_ours(path) or any(rest["constants"].get(name) != get_constants()[name] for name in (
+            "kl_coef", "reward_name", "reward_fn", "eval_prompts_file")):
+        run.state.best = -math.inf  # that of another folder, or by another measure
     say(f"resumed from {path}")
 
 # ---- 12. Self-check ----------------------------------------------------------------------------
@@ -1522,8 +1544,9 @@ def undivided(model):
         part.reshard()
 
 def say(text):
-    if rank() == 0:
-        print(text, flush=True)
+    with contextlib.suppress(OSError, RuntimeError):  # full disk, dead `| tee`, print in a print
+        if rank() == 0:
+            print(text, flush=True)
 
 def gather(thing):
     """-> a list of what each process gave, in all of them."""
@@ -1781,6 +1804,8 @@ def add_adapters(trunk):
         model.add_adapter(peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank,
                                           target_modules="all-linear", task_type="CAUSAL_LM"))
         for module in model.eval().modules():
+            if hasattr(module, "parameter_name"):  # peft wraps a whole tensor of experts
+                raise InputError("lora_rank: adapters know no such mixture of experts: set it to 0")
             for name, p in list(module.named_parameters(recurse=False)):
                 if not p.requires_grad:  # the trunk's: an attribute here, and no parameter
                     delattr(module, name)
@@ -2050,7 +2075,8 @@ def main():
         models[2].config.get_text_config().pad_token_id = reward_tokenizer.pad_token_id
         if reward_tokenizer.pad_token_id == reward_tokenizer.eos_token_id:
             say("reward_name pads with its end token: it will score at the token before the end")
-    lock = claim_run_folder(path) if rank() == 0 else None  # held until this process ends
+    if rank() == 0:
+        claim_run_folder(path)
     from torch.utils.tensorboard import SummaryWriter
     # In a fresh run a start is said too: TensorBoard purges nothing at a folder's first such mark.
     start = int(path[-6:]) + 1 if path else 0
@@ -2058,9 +2084,10 @@ def main():
           else contextlib.nullcontext()) as writer:
         run = train(prompts_dataset, eval_dataset, *models, actor_tokenizer, reward_tokenizer,
                     writer)
-    if run.before:
-        show_results(run)
-    if not run.save_actor("final"):
+        saved = run.save_actor("final")
+        if run.before:
+            show_results(run)
+    if not saved:
         raise InputError(f"{run_folder()}/final was not written: make room, resume = 'latest'")
     say(f"\nthe actor is in {run_folder()}/final; curves: tensorboard --logdir runs")
     if world_size() > 1:

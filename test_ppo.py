@@ -47,6 +47,7 @@ import transformers
 from hypothesis import given, settings, strategies as st
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.tensorboard import SummaryWriter
@@ -3346,6 +3347,157 @@ def test_an_exception_of_reward_fn_saves_the_start_of_its_rollout(whole, tmp_pat
         assert code == 0 and f"resumed from runs/tiny/checkpoints/rollout-00000{saved[1]}" in log
         if saved == "23":
             check_same_end(tmp_path, whole)
+
+
+@pytest.mark.parametrize("place", ["generate", "train"])
+def test_ctrl_c_that_also_ends_the_reader_of_what_we_say_is_saved(whole, tmp_path, place):
+    """`python ppo.py | tee log`: Ctrl-C ends tee first. And a log on a full disk is no end."""
+    def hook():
+        def strike(*_):
+            read, write = os.pipe()
+            sys.stdout = open(write, "w", closefd=False)
+            os.close(read)
+            os.kill(os.getpid(), signal.SIGINT)
+        where = {"generate": (torch, "searchsorted", 3, 2), "train": (ppo, "train_step", 2, 3)}
+        strike_in(*where[place], strike)
+
+    code, log = run(tmp_path, whole.constants | dict(save_every=20), hook)
+    assert code == 1, log
+    assert os.listdir(tmp_path / "runs/tiny/checkpoints") == ["rollout-000003"]
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_run(whole, tmp_path):
+    def hook():
+        strike_in(ppo, "train_step", 2, 1,
+                  lambda *_: setattr(sys, "stdout", open("/dev/full", "w")))
+    code, log = run(tmp_path, whole.constants, hook)
+    assert code == 0, log
+    check_same_end(tmp_path, whole)
+
+
+def test_no_room_for_a_point_does_not_end_the_run(whole, tmp_path):
+    hook = functools.partial(strike_in, RecordWriter, "write", 2, 3, no_space)
+    code, log = run(tmp_path, whole.constants, hook)
+    assert code == 0 and "no more curves" in log, log
+    end = read_end(tmp_path)
+    assert [n for n in end if end[n] != whole.end.get(n) and not n.startswith("/events")] == []
+
+
+def test_an_exception_of_gold_fn_saves_the_start_of_its_rollout(whole, tmp_path):
+    calls = []
+    def gold(prompts, responses, **_):
+        calls.append(0)
+        if len(calls) == 5:  # the first looks at the held-out prompts, before
+            raise ConnectionError("the judge is away")
+        return [0.0] * len(responses)
+    code, log = run(tmp_path, whole.constants | dict(gold_fn=gold, save_every=20, eval_every=0))
+    assert code == 1 and "the judge is away" in log and "saved: set resume" in log, log
+    code, log = run(tmp_path, whole.constants | dict(resume="latest"))
+    assert code == 0 and "rollout-000003" in log
+    assert read_end(tmp_path)["/actor/lm_head.weight"] == whole.end["/actor/lm_head.weight"]
+
+
+def test_the_result_is_there_before_it_is_shown(whole, tmp_path):
+    def hook():
+        ppo.show_results = lambda run: 1 / 0
+    code, log = run(tmp_path, whole.constants | dict(save_every=0), hook)
+    assert code == 1 and "ZeroDivisionError" in log
+    assert (tmp_path / "runs/tiny/final/model.safetensors").exists()
+
+
+def test_a_checkpoint_of_another_folder_begins_a_folder_of_its_own(whole, tmp_path):
+    """With curves of one run, the page of custom scalars, and a best of its own."""
+    other = whole.folder / "runs/tiny/checkpoints/rollout-000004"
+    for seed, resume in ((77, None), (whole.constants["seed"], str(other))):
+        code, log = run(tmp_path, whole.constants | dict(
+            seed=seed, resume=resume, actor_lr=1e-9 if resume else 0.01))
+        assert code == 0, log
+    points = read_events(tmp_path)
+    assert [step for step, _ in points["reward/score_mean"]] == [5, 6]
+    assert "custom_scalars__config__" in points
+    assert os.listdir(tmp_path / "runs/tiny/checkpoints") == ["rollout-000006"]
+    assert (tmp_path / "runs/tiny/best").exists() and (tmp_path / "runs/tiny.1/best").exists()
+
+
+def test_best_is_by_the_measure_of_now(whole, tmp_path):
+    run(tmp_path, whole.constants | dict(kl_target=None, eval_every=1))
+    best = tmp_path / "runs/tiny/best/model.safetensors"
+    before = best.read_bytes()
+    code, log = run(tmp_path, whole.constants | dict(
+        kl_target=None, eval_every=1, kl_coef=2.0, episodes=10, resume="latest"))
+    assert code == 0 and best.read_bytes() != before, log
+
+
+def test_a_disk_without_locks_is_no_end(whole, tmp_path):
+    def hook():
+        def flock(*_):
+            raise OSError(errno.ENOSYS, "Function not implemented")
+        sys.modules["fcntl"].flock = flock
+    code, log = run(tmp_path, whole.constants, hook)
+    assert code == 0, log
+
+
+def test_a_second_main_in_one_process_after_an_error_kept_by_a_notebook(whole, tmp_path):
+    def hook():
+        main, reward_fn = ppo.main, ppo.reward_fn
+        def twice():
+            ppo.reward_fn = lambda *_, **__: 1 / 0
+            with contextlib.suppress(ZeroDivisionError):
+                try:
+                    main()
+                except ZeroDivisionError as error:
+                    sys.last_value = error
+                    raise
+            ppo.reward_fn = reward_fn
+            main()
+        ppo.main = twice
+    code, log = run(tmp_path, whole.constants, hook)
+    assert code == 0, log
+
+
+@pytest.mark.usefixtures("small")
+def test_one_step_a_rollout_clips_nothing_and_is_told_nothing(go, capsys):
+    run = go(train_batch_size=6, episodes=6, actor_lr=0.01)
+    assert run.scalars["policy/clip_fraction"] == [0] * 6
+    assert "policy/clip_fraction" not in dict(advised(capsys.readouterr().out))
+
+
+@pytest.mark.usefixtures("small")
+def test_the_noise_of_gold_is_no_hack(go, capsys):
+    rng = random.Random(0)
+    go(gold_fn=lambda p, r, **_: [rng.gauss(0, 1) for _ in r], episodes=40)
+    assert "reward/gold_lost" not in dict(advised(capsys.readouterr().out))
+
+
+@pytest.mark.usefixtures("small")
+def test_single_tokens_are_told_nothing(go, capsys):
+    go(max_new_tokens=1, episodes=6)
+    said = dict(advised(capsys.readouterr().out))
+    assert not {"rollout/ended", "rollout/response_length"} & {*said}
+
+
+def test_runs_that_is_a_file_is_named(whole, tmp_path):
+    (tmp_path / "runs").write_text("")
+    code, log = run(tmp_path, whole.constants)
+    assert code == 1 and "Traceback" not in log and "runs/tiny cannot be written" in log, log
+
+
+@pytest.mark.usefixtures("small")
+def test_adapters_of_experts_are_refused(setting, tmp_path):
+    save(tmp_path / "moe", make_model("mixtral", num_local_experts=2), word_tokenizer())
+    setting(lora_rank=2, actor_name=str(tmp_path / "moe"), reward_fn=some_score)
+    with pytest.raises(ppo.InputError, match="lora_rank"):
+        ppo.main()
+
+
+@pytest.mark.usefixtures("small")
+def test_an_actor_that_was_not_written_is_not_promised(go, monkeypatch, capsys):
+    monkeypatch.setattr(ppo, "save_model", no_space)
+    actor = make_model()
+    actor.lm_head.weight.data[5] = NAN
+    with pytest.raises(ppo.InputError) as caught:
+        go(actor=actor)
+    assert "was not written" in capsys.readouterr().out and "has the actor" not in str(caught.value)
 
 
 def test_a_second_signal_stops_at_once(whole, tmp_path):
