@@ -525,7 +525,11 @@ def generate_samples(prompts, model, actor_tokenizer, max_length, max_new_tokens
         num_actions, lengths = action_mask.shape[1], action_mask.sum(-1)
         actions = [row[:n] for row, n in zip(seqs[:, -num_actions:], lengths)]
         ended = torch.tensor([row[-1].item() in end_tokens for row in actions])
-        responses = [actor_tokenizer.decode(row, skip_special_tokens=True) for row in actions]
+        # After text, read with its last token: alone, a Llama's first word loses its space.
+        before = prompt_ids[:, -1:] if add_special_tokens else prompt_ids[:, :0]
+        alone, whole = (actor_tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (
+            before, [torch.cat(pair) for pair in zip(before, actions)]))
+        responses = [text[len(first):] for first, text in zip(alone, whole)]
         samples_list.append(
             Samples(seqs, attention_mask, action_mask, num_actions, ended, part, responses))
     return samples_list
@@ -538,6 +542,8 @@ def compute_scores(prompts, responses, reward_model, reward_tokenizer=None,
     if not isinstance(reward_model, nn.Module):
         return check_scores(reward_model(prompts, responses, **(columns or {})), responses)
     reward_tokenizer.padding_side, reward_tokenizer.truncation_side = "right", "left"
+    # By this token it finds the last one of a row; a config without it, or with another, is common.
+    reward_model.config.get_text_config().pad_token_id = reward_tokenizer.pad_token_id
     limit = getattr(reward_model.config, "max_position_embeddings", None) or sys.maxsize
     limit = min(limit, reward_tokenizer.model_max_length)
     inputs = [to_reward_inputs(prompt, response, reward_tokenizer, apply_chat_template, limit)
@@ -705,6 +711,7 @@ def train(prompts_dataset, eval_dataset, actor_model, critic_model, reward_model
           actor_tokenizer, reward_tokenizer, writer):
     """The run that the constants describe -> its Run (section 10). reward_model: a classifier or a
     function reward_fn(prompts, responses, **columns) -> floats; eval_dataset, writer: or None."""
+    check_values()
     models = (actor_model, critic_model, reward_model, ref_model)
     optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr,
                                     weight_decay=weight_decay, fused=True)
@@ -767,7 +774,7 @@ def read_prompts(source):
         if not entries:
             raise ValueError("there is none")
         for where, item in entries.items():
-            if str(source).endswith(".jsonl"):
+            if isinstance(source, str) and source.endswith(".jsonl"):
                 item = json.loads(item)
             item = dict(item) if isinstance(item, dict) else {"prompt": item}
             item["prompt"] = prompt = item.pop("messages", None) or item.get("prompt") or None
@@ -783,7 +790,8 @@ def read_prompts(source):
     except (OSError, ValueError) as error:  # of the file, of Unicode, of JSON, or from here
         raise InputError(f"{where}: {error}: write a text a line, or in a .jsonl JSON with "
                          "`prompt`, a text, or `messages`, with role and content") from None
-    return items
+    columns = dict.fromkeys(name for item in items for name in item)
+    return [columns | item for item in items]  # None where a column is left out
 
 def get_columns(items):
     """Items of a PromptDataset -> prompts, and the further columns of the user's."""
@@ -807,13 +815,19 @@ def get_lr_factor(step, total_steps):
     x = (step - warmup_steps) / (total_steps - warmup_steps)
     return dict(constant=1.0, linear=1 - x, cosine=(1 + math.cos(math.pi * x)) / 2)[lr_schedule]
 
+@functools.lru_cache(8)
+def get_special_tokens(tokenizer, _):
+    """Kept, for of some tokenizers' thousands each look takes 20 ms; anew when it has grown."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return added.union(tokenizer.all_special_tokens) - {""}
+
 def to_messages(prompt, tokenizer):
     """A prompt, a text or messages -> messages for a chat template, special tokens that they spell
     broken by a space: what a user or a model writes must not end its turn and open another."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     messages = [{key: turn[key] for key in ("role", "content")} for turn in turns]
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    for token in added.union(tokenizer.all_special_tokens) - {""}:
+    whole = "".join(text for message in messages for text in message.values())
+    for token in filter(whole.__contains__, get_special_tokens(tokenizer, len(tokenizer))):
         for message, key in itertools.product(messages, ("role", "content")):
             message[key] = message[key].replace(token, token[0] + " " + token[1:])
     return messages
@@ -1043,6 +1057,8 @@ class Run:
         self.sampling, self.scoring = sampling, scoring
         self.prompts_dataset, self.eval_dataset = prompts_dataset, eval_dataset
         self.rollouts = math.ceil(episodes * len(prompts_dataset) / rollout_batch_size)
+        if self.rollouts <= critic_warmup:
+            say(f"  ! critic_warmup = {critic_warmup} of {self.rollouts} rollouts: no actor learns")
         self.state = State(kl_coef=kl_coef_start or kl_coef)
         self.steps, self.metrics, self.strikes = [], {}, defaultdict(int)
         self.now, self.stopping, self.after = None, False, []
@@ -2003,14 +2019,18 @@ RULES = {  # constants (those with a ? may be None): all that they can be, or in
 
 CONSTANTS = [name for name in list(globals()) if name in " ".join(RULES).replace("?", "").split()]
 
-def check_constants():
-    """InputError for the first constant that cannot be, with what can; or for a prompts file."""
+def check_values():
+    """InputError for the first constant that cannot be, with what can."""
     for names, rule in RULES.items():
         words, right = rule if isinstance(rule, tuple) else (f"one of {rule}", rule.__contains__)
         for name in names.split():
             value = globals()[name.strip("?")]
             if not right(value) and not ("?" in name and value is None):
                 raise InputError(f"{name.strip('?')} = {value!r}: use {words}")
+
+def check_constants():
+    """The same for those that cannot be together."""
+    check_values()
     rows, processes = rollout_batch_size * n_samples_per_prompt, world_size()
     for wrong, sentence in (
             (rows % train_batch_size, f"train_batch_size must divide the {rows} rows of a rollout, "
@@ -2029,9 +2049,6 @@ def check_constants():
              "kl_coef_start is annealed to kl_coef: that must be above 0, and kl_target None")):
         if wrong:
             raise InputError(sentence)
-    for source in (prompts_file, eval_prompts_file):  # now, not after a minute of building
-        if source and not str(source).startswith("demo/"):
-            read_prompts(source)
 
 def show_results(run):
     """Held-out prompts before and after, and their means."""
@@ -2054,6 +2071,9 @@ def main():
     global gold_fn
     start_processes()
     check_constants()
+    for source in (prompts_file, eval_prompts_file):  # now, not after a minute of building
+        if source and not str(source).startswith("demo/"):
+            read_prompts(source)
     transformers.set_seed(seed)
     transformers.utils.logging.disable_progress_bar()
     if actor_name == "demo/actor":
@@ -2071,10 +2091,8 @@ def main():
     path = find_checkpoint()
     show_bill()
     models = [place(model) for model in make_models(load_model)]
-    if reward_tokenizer:
-        models[2].config.get_text_config().pad_token_id = reward_tokenizer.pad_token_id
-        if reward_tokenizer.pad_token_id == reward_tokenizer.eos_token_id:
-            say("reward_name pads with its end token: it will score at the token before the end")
+    if reward_tokenizer and reward_tokenizer.pad_token_id == reward_tokenizer.eos_token_id:
+        say("reward_name pads with its end token: it will score at the token before the end")
     if rank() == 0:
         claim_run_folder(path)
     from torch.utils.tensorboard import SummaryWriter

@@ -2605,6 +2605,157 @@ def test_ppo1_doubles_or_halves_its_penalty_and_the_penalty_holds(go):
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("wrong", [
+    dict(kl_in="Loss"), dict(policy_loss="PPO1"), dict(truncated="boot"),
+    dict(actor_lr=numpy.float64(1e-3))])
+def test_train_refuses_a_wrong_constant_too(wrong, go):
+    """From another script nothing else looks at them: the KL would be in neither place."""
+    with pytest.raises(ppo.InputError, match=[*wrong][0]):
+        go(**wrong)
+
+
+def test_a_reward_model_finds_the_end_of_each_row_whatever_its_config_says():
+    model, tokenizer = make_reward_model("llama", vocab_size=40), letter_tokenizer(pair=False)
+    tokenizer.pad_token, texts = tokenizer.eos_token, (["ab", "abcde"], ["cd", "xyzw"])
+    alone = [ppo.compute_scores([p], [r], model, tokenizer, False)[0] for p, r in zip(*texts)]
+    for pad in (None, 0):
+        model.config.pad_token_id = pad
+        assert ppo.compute_scores(*texts, model, tokenizer, False) == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_response_begins_with_the_space_that_was_sampled():
+    """A Llama's decoder drops that of the first word, for which a text begins there."""
+    words = ["<unk>", "<s>", "</s>", "▁once", "▁upon", "▁a", "▁time"]
+    base = tokenizers.Tokenizer(tokenizers.models.Unigram([(word, -1.0) for word in words], 0))
+    base.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    base.decoder = tokenizers.decoders.Metaspace(prepend_scheme="first")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=base, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
+    actor = scripted([[5, 6, 2]])
+    assert sample(actor, ["once upon"], tokenizer).responses == [" a time"]
+    assert sample(actor, ["once upon"], tokenizer, add_special_tokens=False).responses == ["a time"]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_column_that_no_prompt_of_a_rollout_has_is_none(go):
+    def reward(prompts, responses, answer, **columns):
+        return [float(a is None) for a in answer]
+
+    go(reward, prompts_file=[{"prompt": "a", "answer": "x"}, {"prompt": "b"}, {"prompt": "c"}],
+       rollout_batch_size=1, train_batch_size=2, micro_train_batch_size=2)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_run_that_is_all_warm_up_says_so(go, capsys):
+    go(episodes=1, critic_warmup=1)
+    assert "critic_warmup" in capsys.readouterr().out
+
+
+def test_the_entropy_is_that_of_the_tempered_policy():
+    model, (seqs, mask, _) = make_model(), padded_rows()
+    with torch.no_grad():
+        _, got = ppo.compute_log_probs(model, seqs, mask, 6, 0.5, with_entropy=True)
+        logits = model(input_ids=seqs[:, :-1], attention_mask=mask[:, :-1],
+                       position_ids=ppo.get_position_ids(mask[:, :-1])).logits[:, -6:]
+    hand = torch.distributions.Categorical(logits=logits / 0.5).entropy()
+    assert (got - hand)[mask[:, -6:].bool()].abs().max() < 1e-5
+
+
+def test_end_tokens_are_those_of_model_and_tokenizer():
+    model, tokenizer = make_model(), word_tokenizer()
+    for own, both in (None, [1]), (5, [1, 5]), ([3, 2], [1, 2, 3]), ([1], [1]):
+        model.generation_config.eos_token_id = own
+        assert ppo.get_end_tokens(model, tokenizer) == both
+
+
+def test_the_critic_learns_in_all_its_weights_and_starts_where_the_tokens_are_the_same():
+    actor = make_model()
+    for reward, owner in ((make_reward_model("llama", vocab_size=12), "reward"),
+                          (make_reward_model("llama", vocab_size=40), "actor"),
+                          (make_reward_model("mistral", vocab_size=12), "actor")):
+        critic = ppo.make_critic(actor, reward.requires_grad_(False))
+        assert all(p.requires_grad for p in critic.parameters())
+        body = (reward if owner == "reward" else actor).base_model
+        assert type(critic.base_model) is type(body)
+        assert torch.equal(weights(critic.base_model), weights(body))
+
+
+def test_the_kl_in_the_loss_is_weighted_by_the_ratio_and_padding_is_not():
+    """After the first step: ratio k2, averaged over real tokens; its slope is ratio k1."""
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    new, old, ref = (torch.randn(2, 3, dtype=torch.float64) for _ in range(3))
+    old[1, 1] = -1e4  # exp would overflow
+    new.requires_grad_()
+    batch = SimpleNamespace(old_action_log_probs=old, ref_action_log_probs=ref, action_mask=mask)
+    penalty = ppo.compute_penalty(new, batch, None, 0.0, 0.3, 0.0)
+    ratio, k1 = (new - old).exp()[mask == 1], (new - ref)[mask == 1]
+    assert torch.allclose(penalty[mask == 1], 0.3 * ratio * k1 ** 2 / 2)
+    assert penalty[mask == 0].abs().max() == 0
+    slope, = torch.autograd.grad(penalty.sum(), new)
+    assert torch.allclose(slope[mask == 1], 0.3 * ratio * k1) and slope.isfinite().all()
+
+
+def test_a_reward_model_loses_the_beginning_of_what_is_too_long():
+    """Cut on the right it would not see how the response ends."""
+    model = make_reward_model("llama", vocab_size=40, max_position_embeddings=8)
+    tokenizer, ask = letter_tokenizer(pair=False), functools.partial(
+        ppo.compute_scores, reward_model=model, apply_chat_template=False)
+    tokenizer.pad_token = tokenizer.eos_token
+    first, second = (ask(["a" * 20], [end], reward_tokenizer=tokenizer)[0] for end in ("bc", "cd"))
+    assert abs(first - second) > 1e-6
+    other, = ask(["b" + "a" * 19], ["bc"], reward_tokenizer=tokenizer)
+    assert other == pytest.approx(first, abs=1e-6)
+
+
+@pytest.mark.parametrize("agg", ["seq-mean-token-sum", "seq-mean-token-mean"])
+def test_the_penalty_is_averaged_as_the_policy_loss_is(agg):
+    """Rows of one length: each mean is another multiple of one gradient."""
+    rows = experience([[A, B, A, EOS], [B, A, B, EOS]], score=0.0, whiten_advantages=False)
+    for row in rows:
+        row.advantages = torch.zeros_like(row.advantages)
+    norms = [step(rows, entropy_coef=1.0, loss_agg=name)[0]["actor_grad_norm"]
+             for name in ("token-mean", agg)]
+    assert norms[1] / norms[0] == pytest.approx(4 if agg.endswith("sum") else 1, rel=1e-4)
+
+
+def test_evaluation_leaves_the_random_numbers_of_training_as_they_were(go):
+    model, tokenizer = make_model(), word_tokenizer()
+    dataset = ppo.PromptDataset(["a b", "c"], tokenizer, False, 8)
+    sampling = dict(actor_tokenizer=tokenizer, max_length=8, max_new_tokens=6,
+                    n_samples_per_prompt=3, micro_rollout_batch_size=8)
+    scoring = dict(apply_chat_template=False)
+    critic, seen = ppo.Critic(model.base_model), []
+    for _ in range(2):
+        before = torch.get_rng_state()
+        rows = ppo.evaluate(dataset, model, critic, some_score, model, sampling, scoring, 5)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert [row.info["item"]["prompt"] for row in rows] == ["a b", "c"]
+        seen.append([row.seqs.tolist() for row in rows])
+        torch.rand(1)
+    assert seen[0] == seen[1]
+
+
+def test_ppo1_moves_its_coefficient_beyond_a_factor_of_one_and_a_half():
+    kls = (0.6, 0.7, 1.4, 1.6)  # of a target of 1
+    assert [ppo.adapt_ppo1_beta(3.0, kl, 1.0) for kl in kls] == [1.5, 3.0, 3.0, 6.0]
+
+
+def test_a_cut_response_that_bootstraps_still_pays_for_its_missing_end():
+    row, _ = experience([[A, B, A], [B, EOS]], score=2.0, kl_coef=0.0, truncated="bootstrap",
+                        missing_eos_penalty=0.5)
+    assert row.scores == -0.5 and row.rewards.tolist() == [0.0, 0.0, -0.5]
+
+
+def test_the_bos_of_a_template_is_counted_once():
+    tokenizer = byte_tokenizer(bos=True)
+    text = ppo.PromptDataset(["ab"], tokenizer, True, 99)[0]["text"]
+    length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for limit, cut in ((length, 0), (length - 1, 1)):
+        assert ppo.PromptDataset(["ab"], tokenizer, True, limit).truncated == cut
+
+
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("constants", [
     dict(truncated="bootstrap", missing_eos_penalty=None), dict(temperature=2)])
 def test_these_settings_pass_the_self_check(go, constants):
@@ -2900,7 +3051,7 @@ class EnumerableWorld:
         self.best = self.beta * exponents.logsumexp(-1).mean().item()
 
     def reward_fn(self, prompts, responses):
-        return [self.table[pair] for pair in zip(prompts, responses)]
+        return [self.table[prompt, text.strip()] for prompt, text in zip(prompts, responses)]
 
     @torch.no_grad()
     def compute_log_probs(self, model):
@@ -4471,7 +4622,7 @@ LINES = SOURCE.split("\n")
 END = next(i for i, line in enumerate(LINES) if line.startswith("# ---- the algorithm ends here"))
 OURS = {name: value for name, value in vars(ppo).items()
         if getattr(value, "__module__", "") == "ppo"
-        and isinstance(value, (types.FunctionType, type))}
+        and isinstance(value, (types.FunctionType, type, functools._lru_cache_wrapper))}
 
 
 def get_codes(thing):
