@@ -1260,7 +1260,7 @@ def run_folder():
     return os.path.join("runs", run_name)
 
 def is_ours(path):
-    """Is it a checkpoint in this run's folder?"""
+    """Does it lie in this run's folder?"""
     return path and os.path.realpath(path).startswith(os.path.realpath(run_folder()) + os.sep)
 
 def claim_run_folder(path):
@@ -2041,8 +2041,7 @@ def check_constants():
              f"rollout_batch_size, train_batch_size: take multiples of the {processes} processes"),
             (lora_rank and processes > 1, "lora_rank above 0 trains in one process: set it to 0"),
             (kl_target and not kl_coef, "kl_target multiplies kl_coef: that must be above 0"),
-            (any(os.path.abspath(name or ".").startswith(os.path.abspath(run_folder()) + os.sep)
-                 for name in (actor_name, reward_name, critic_name)),
+            (any(map(is_ours, (actor_name, reward_name, critic_name))),
              f"run_name: a model lies in {run_folder()}, which this run puts aside: take another"),
             (policy_loss == "ppo1" and not target_kl, "policy_loss = 'ppo1' needs a target_kl"),
             (kl_coef_start and (not kl_coef or kl_target),
