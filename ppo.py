@@ -286,8 +286,8 @@ def compute_value_loss(values, old_values, returns, action_mask=None, clip_eps=N
 
     (B, T) each -> scalar. clip_eps: the larger of this and the loss of V kept within clip_eps of
     old_values. No further half, no coefficient: the critic has its own optimizer. loss_agg,
-    denominator, ValueError: as in compute_policy_loss. Huber 1964; the clip is not in a paper, it
-    comes from OpenAI's baselines (ppo2)."""
+    denominator, ValueError: as in compute_policy_loss. Huber 1964; the clip is not Schulman's, it
+    comes from OpenAI's baselines (ppo2): Engstrom et al. 2020 (arXiv 2005.12729)."""
     mask = (torch.ones_like(values) if action_mask is None else action_mask).bool()
 
     def error_loss(predicted):
