@@ -2040,6 +2040,7 @@ def check_constants():
             (rollout_batch_size % processes or train_batch_size % processes,
              f"rollout_batch_size, train_batch_size: take multiples of the {processes} processes"),
             (lora_rank and processes > 1, "lora_rank above 0 trains in one process: set it to 0"),
+            (lora_rank and critic_name, "critic_name must be None: adapters use the actor's body"),
             (kl_target and not kl_coef, "kl_target multiplies kl_coef: that must be above 0"),
             (any(map(is_ours, (actor_name, reward_name, critic_name))),
              f"run_name: a model lies in {run_folder()}, which this run puts aside: take another"),

@@ -1828,6 +1828,7 @@ apply_chat_template="no"; trust_remote_code="no"; gradient_checkpointing=None
 whiten_advantages="no"; normalize_scores=None; whiten_rewards=0.5; run_name=2024; seed=2**32
 reward_fn=torch.nn.Identity(); gold_fn=torch.nn.Identity(); kl_target=6.0, kl_coef=0
 run_name="t", actor_name="runs/t/final"; run_name="t", critic_name="runs/../runs/t/best"
+critic_name="c", lora_rank=2
 """.strip().replace("\n", "; ").split("; ")
 
 
