@@ -188,7 +188,7 @@ def autocast(model):
 
 def compute_log_probs(model, seqs, attention_mask, num_actions, temperature=1.0,
                       with_entropy=False):
-    """Eq. 3: log pi(a_t given s_t) = z[a_t] - logsumexp(z), z the logits one place left of a_t.
+    """Eq. 3: log pi(a_t given s_t) = z[a_t] - logsumexp(z), z the logits left of a_t / temperature.
 
     (B, L) -> (B, T), T = num_actions; with_entropy: and the entropy of pi(. given s_t), (B, T).
     Logits are made for the response alone, and a_t's log-prob is all that stays of them: at a
@@ -1252,9 +1252,9 @@ class Run:
 
 # ---- 11. Checkpoints ---------------------------------------------------------------------------
 #
-# runs/<run_name>/checkpoints/rollout-000020, after 20 rollouts: actor/ as from_pretrained wants it,
-# critic.safetensors, rest.pt (both optimizers, State, constants) and manifest.json, a hash of each
-# file. No random numbers: goes_on sets them by the rollout. Whatever has this name is whole.
+# runs/<run_name>/checkpoints/rollout-000020, after 20 rollouts: actor/ as from_pretrained wants it
+# (of an adapter actor.safetensors), critic.safetensors, rest.pt (both optimizers, State, constants)
+# and manifest.json: hashes. No random numbers: goes_on sets them. Whatever has this name is whole.
 
 def run_folder():
     return os.path.join("runs", run_name)
