@@ -1127,7 +1127,7 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name):
-        """Times a phase. A signal, or a loss that is not finite, ends the run with all saved."""
+        """Times a phase. A signal saves all and ends the run; a loss not finite saves the actor."""
         start, self.now = time.perf_counter(), name
         try:
             if name != "evaluate" and any(gather(self.stopping)):
