@@ -1176,7 +1176,7 @@ class Run:
         done, last = state.rollout, state.rollout == self.rollouts
         left = int(seconds * (self.rollouts - done))
         m = defaultdict(float, metrics)  # 0 for the policy's while only the critic learns
-        say(f"ep {episode:2d} rollout {done:3d}/{self.rollouts} score {m['score_mean']:6.2f} "
+        say(f"ep {episode:2d} {done:3d}/{self.rollouts} score {m['score_mean']:6.2f} "
             f"kl {m['ref_k1']:5.2f} loss {m['policy_loss']:6.3f} {m['value_loss']:6.3f} "
             f"clip {m['clip_fraction']:.2f} len {m['response_length']:4.1f} "
             f"{m['tokens_per_second']:5.0f} tok/s {left // 60}:{left % 60:02d} left")

@@ -2137,7 +2137,7 @@ def test_a_checkpoint_of_a_run_with_reward_fn_goes_on(main, finished_run, tmp_pa
     """Also by a path with a slash at its end, as a shell completes it; a function is no data."""
     shutil.copytree(finished_run / "runs", tmp_path / "runs")
     main("no_chat", resume=LAST_C + "/", episodes=3)
-    assert "rollout   3/3" in capsys.readouterr().out
+    assert "   3/3 score" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("small")
@@ -2148,7 +2148,7 @@ def test_a_checkpoint_loads_whatever_the_columns_of_the_prompts_hold(main, capsy
     for more in dict(episodes=1), dict(episodes=3, resume="latest"):
         main("no_chat", prompts_file=prompts, save_every=1, **more)
     said = capsys.readouterr().out
-    assert "resumed from runs/t/checkpoints/rollout-000001" in said and "rollout   2/2" in said
+    assert "resumed from runs/t/checkpoints/rollout-000001" in said and "   2/2 score" in said
 
 
 @pytest.mark.usefixtures("small")
@@ -3469,7 +3469,7 @@ def test_a_signal_saves_the_start_of_a_rollout_or_finishes_its_update(whole, tmp
     stop = functools.partial(strike_in, *where, send(getattr(signal, number)))
     code, log = run(tmp_path, whole.constants, stop)
     assert code == 1 and "Traceback" not in log and "resume = 'latest'" in log, log
-    assert "rollout   3/6" in log and "rollout   4/6" not in log
+    assert "   3/6 score" in log and "   4/6 score" not in log
     saved = os.listdir(tmp_path / "runs" / "tiny" / "checkpoints")
     assert sorted(saved) == ["rollout-000002", "rollout-000003"]
     if place != "generate":  # scoring has moved as much and the statistics of the scores too
@@ -3608,6 +3608,21 @@ def test_a_second_main_in_one_process_after_an_error_kept_by_a_notebook(whole, t
 
 
 @pytest.mark.usefixtures("small")
+def test_the_line_of_a_rollout_has_at_most_100_characters(capsys):
+    """Of the 999th of 1,000, with two hours left, too."""
+    run = object.__new__(ppo.Run)
+    run.state, run.rollouts, run.prompts_dataset = ppo.State(rollout=998), 1000, ["a"] * 300
+    run.log, run.metrics = lambda metrics: None, dict(
+        generate=7200.0, score=0.0, train=0.0, kl_coef=0.05, score_mean=-12.34, ref_k1=12.34,
+        response_length=512.0)
+    run.steps = [dict(tokens=1, policy_loss=-0.123, value_loss=12.345, clip_fraction=0.2)]
+    run.finish_rollout([SimpleNamespace(action_mask=range(12345 * 7200))])
+    line = capsys.readouterr().out.rstrip("\n")
+    assert line.startswith("ep 10 ") and line.endswith(" 12345 tok/s 120:00 left")
+    assert len(line) <= 100 and re.search(r"\b999/1000 score -12.34 kl 12.34 loss -0.123", line)
+
+
+@pytest.mark.usefixtures("small")
 def test_one_step_a_rollout_clips_nothing_and_is_told_nothing(go, capsys):
     run = go(train_batch_size=6, episodes=6, actor_lr=0.01)
     assert run.scalars["policy/clip_fraction"] == [0] * 6
@@ -3657,7 +3672,7 @@ def test_a_second_signal_stops_at_once(whole, tmp_path):
     hook = functools.partial(strike_in, ppo, "train_step", 0, 1, stop)
     code, log = run(tmp_path, whole.constants, hook)
     assert code == -signal.SIGINT and "once more to stop at once" in log, log
-    assert "rollout   1/6" not in log
+    assert "   1/6 score" not in log
 
 
 def strike_call(monkeypatch, n, strike):
