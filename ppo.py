@@ -1206,15 +1206,20 @@ class Run:
 
     def log(self, metrics):
         """All tags, and advice where one is outside of its range for the third time in a row."""
+        allowed = {  # what is aimed at; and 0.1 suits a gold from 0 to 1, and may be noise
+            "policy/approx_kl": 1.5 * (target_kl or 0), "kl/ref_k3": 1.5 * (kl_target or 0),
+            "reward/gold_lost": metrics.get("gold_noise", 0)}
+        silent = ["rollout/ended", "rollout/response_length"] * (max_new_tokens == 1)  # no room
+        silent += ["reward/score_std"] * (rollout_batch_size * n_samples_per_prompt == 1)
+        # One step clips nothing; and a rate that target_kl or the schedule holds is not too low.
+        cut = any(step.get("approx_kl", 0) > (target_kl or math.inf) for step in self.steps[-1:])
+        if len(self.steps) == 1 or cut or metrics.get("actor_lr", actor_lr) < actor_lr / 2:
+            silent.append("policy/clip_fraction")
         for tag, (what, low, high, advice) in METRICS.items():
             if (value := metrics.get(tag.split("/")[-1])) is None:
                 continue
             self.plot("add_scalar", tag, value, self.state.rollout)
-            if (tag == "policy/clip_fraction" and len(self.steps) == 1 or max_new_tokens == 1
-                    and tag in ("rollout/ended", "rollout/response_length")):
-                low = None  # a single step clips nothing, a single token is seldom an end
-            if tag == "reward/gold_lost":  # 0.1 suits a gold from 0 to 1; and it may be noise
-                high = max(high, metrics.get("gold_noise", 0))
+            low, high = None if tag in silent else low, high and max(high, allowed.get(tag, 0))
             outside = low is not None and value < low or high is not None and value > high
             self.strikes[tag] = self.strikes[tag] + 1 if outside else 0
             if self.strikes[tag] == 3:

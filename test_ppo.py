@@ -3636,6 +3636,28 @@ def test_the_noise_of_gold_is_no_hack(go, capsys):
     assert "reward/gold_lost" not in dict(advised(capsys.readouterr().out))
 
 
+NOT_DESERVED = {  # tag: a run that its own constants keep outside of its range
+    "policy/clip_fraction while the rates rise": lambda: dict(warmup_steps=1000, actor_lr=1e-3),
+    "policy/clip_fraction at the end of few steps": lambda: dict(target_kl=1e-9, max_epochs=3),
+    "reward/score_std": lambda: dict.fromkeys(
+        ("rollout_batch_size", "n_samples_per_prompt", "train_batch_size"), 1),
+    "policy/approx_kl": lambda: PROVOKED["policy/approx_kl"]() | dict(
+        policy_loss="ppo1", target_kl=50.0),
+    "kl/ref_k3": lambda: PROVOKED["kl/ref_k3"]() | dict(kl_target=1e9)}
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("case", NOT_DESERVED)
+def test_what_the_constants_ask_for_is_told_nothing(case, go, capsys):
+    """No advice to raise a rate that the schedule holds down, say."""
+    tag = case.split()[0]
+    _, low, high, _ = ppo.METRICS[tag]
+    values = go(**dict(dict(episodes=5), **NOT_DESERVED[case]())).scalars[tag]
+    assert any(all(high is not None and x > high or low is not None and x < low for x in three)
+               for three in zip(values, values[1:], values[2:])), values
+    assert tag not in dict(advised(capsys.readouterr().out))
+
+
 @pytest.mark.usefixtures("small")
 def test_single_tokens_are_told_nothing(go, capsys):
     go(max_new_tokens=1, episodes=6)
