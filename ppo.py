@@ -1410,11 +1410,15 @@ def load_checkpoint(path, run):
         reason = show(" ".join(str(error).split())[:300])
         raise InputError(f"resume: {path} cannot be put into this run: {reason}") from None
     run.state = State(**rest["state"])
-    if kl_target is None:  # else the adapted one goes on
+    changed = {name for name, new in get_constants().items() if rest["constants"].get(name) != new}
+    if kl_target is None or "kl_coef" in changed:  # else the adapted one goes on
         run.state.kl_coef = kl_coef
-    if not is_ours(path) or any(rest["constants"].get(name) != get_constants()[name] for name in (
-            "kl_coef", "reward_name", "reward_fn", "eval_prompts_file")):
+    if not is_ours(path) or changed & {"kl_coef", "reward_name", "reward_fn", "eval_prompts_file"}:
         run.state.best = -math.inf  # that of another folder, or by another measure
+    if changed & {"reward_name", "reward_fn"}:  # so are these: other scores, another gold
+        run.state.score_moments = State().score_moments
+    if changed & {"gold_fn", "prompts_file"}:
+        run.state.best_gold = -math.inf
     say(f"resumed from {path}")
 
 # ---- 12. Self-check ----------------------------------------------------------------------------

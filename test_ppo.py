@@ -3907,6 +3907,35 @@ def test_changed_constants_are_listed_or_refused_and_nothing_is_logged_twice(who
     assert sorted(kept) == ["rollout-000004", "rollout-000006"]
 
 
+def test_what_was_measured_by_other_constants_is_not_gone_on_with(finished, monkeypatch):
+    """Scores of another model would be normalised by moments that are not theirs; gold of another
+    rule is no loss; and a new kl_coef was said to count, also where kl_target had adapted the old
+    one. Nothing else starts anew."""
+    load, load_checkpoint, states = torch.load, ppo.load_checkpoint, []
+
+    def load_with_gold(*args, **options):  # as if the run had had a gold_fn
+        rest = load(*args, **options)
+        rest["state"]["best_gold"] = 3.0
+        return rest
+
+    def look(path, run):
+        load_checkpoint(path, run)
+        states.append(run.state)
+        raise ppo.InputError("seen")
+
+    monkeypatch.setattr(torch, "load", load_with_gold)
+    monkeypatch.setattr(ppo, "load_checkpoint", look)
+    for name, value in (("gamma", 0.9), ("kl_coef", 0.7), ("reward_fn", noisy), ("gold_fn", noisy)):
+        with monkeypatch.context() as patch, pytest.raises(ppo.InputError, match="seen"):
+            patch.setattr(ppo, name, value)
+            ppo.main()
+    same, price, reward, gold = states
+    assert same.score_moments[0] == 6 * 8 and same.best_gold == 3 and same.kl_coef != 0.05
+    assert vars(price) == vars(same) | dict(kl_coef=0.7, best=-INF)
+    assert vars(reward) == vars(same) | dict(score_moments=[0, 0.0, 0.0], best=-INF)
+    assert vars(gold) == vars(same) | dict(best_gold=-INF)
+
+
 def noisy(prompts, responses, **columns):
     return [len(response) + random.random() + numpy.random.rand() for response in responses]
 
