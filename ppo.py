@@ -1059,6 +1059,10 @@ class Run:
         self.rollouts = math.ceil(episodes * len(prompts_dataset) / rollout_batch_size)
         if self.rollouts <= critic_warmup:
             say(f"  ! critic_warmup = {critic_warmup} of {self.rollouts} rollouts: no actor learns")
+        rows = rollout_batch_size * n_samples_per_prompt
+        steps = self.rollouts * max_epochs * math.ceil(rows / train_batch_size)
+        if steps <= warmup_steps:
+            say(f"  ! warmup_steps = {warmup_steps} of {steps} steps: the rates only rise")
         self.state = State(kl_coef=kl_coef_start or kl_coef)
         self.steps, self.metrics, self.strikes = [], {}, defaultdict(int)
         self.now, self.stopping, self.after = None, False, []
@@ -2049,7 +2053,7 @@ def check_constants():
             (rollout_batch_size % processes or train_batch_size % processes,
              f"rollout_batch_size, train_batch_size: take multiples of the {processes} processes"),
             (lora_rank and processes > 1, "lora_rank above 0 trains in one process: set it to 0"),
-            (lora_rank and critic_name, "critic_name must be None: adapters use the actor's body"),
+            (lora_rank and critic_name, "critic_name has no effect with lora_rank: set it to None"),
             (kl_target and not kl_coef, "kl_target multiplies kl_coef: that must be above 0"),
             (any(map(is_ours, (actor_name, reward_name, critic_name))),
              f"run_name: a model lies in {run_folder()}, which this run puts aside: take another"),

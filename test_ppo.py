@@ -1827,6 +1827,7 @@ run_name=".."; resume="nowhere"; device="tpu9"; prompts_file=None; eval_prompts_
 apply_chat_template="no"; trust_remote_code="no"; gradient_checkpointing=None
 whiten_advantages="no"; normalize_scores=None; whiten_rewards=0.5; run_name=2024; seed=2**32
 reward_fn=torch.nn.Identity(); gold_fn=torch.nn.Identity(); kl_target=6.0, kl_coef=0
+critic_name="a", lora_rank=2
 run_name="t", actor_name="runs/t/final"; run_name="t", critic_name="runs/../runs/t/best"
 critic_name="c", lora_rank=2
 """.strip().replace("\n", "; ").split("; ")
@@ -3634,6 +3635,20 @@ def test_the_noise_of_gold_is_no_hack(go, capsys):
     rng = random.Random(0)
     go(gold_fn=lambda p, r, **_: [rng.gauss(0, 1) for _ in r], episodes=40)
     assert "reward/gold_lost" not in dict(advised(capsys.readouterr().out))
+
+
+@pytest.mark.usefixtures("small")
+def test_a_warm_up_as_long_as_the_run_is_said(go, capsys):
+    """lr_schedule has no effect then, and the rates that were set are never used, or in the last
+    step alone. Of the critic's, that no actor learns."""
+    for constants, said in (
+            (dict(warmup_steps=16), "! warmup_steps = 16 of 16 steps"), (dict(warmup_steps=15), ""),
+            (dict(critic_warmup=4), "! critic_warmup = 4 of 4 rollouts: no actor learns"),
+            (dict(critic_warmup=3), "")):
+        scalars = go(**constants, max_epochs=2, train_batch_size=3).scalars
+        lines = [line for line in capsys.readouterr().out.splitlines() if "warmup" in line]
+        assert len(lines) == bool(said) and said in "".join(lines)
+        assert (scalars["policy_loss"] == []) == ("no actor" in said)
 
 
 NOT_DESERVED = {  # tag: a run that its own constants keep outside of its range
