@@ -749,7 +749,7 @@ def train(prompts_dataset, eval_dataset, actor_model, critic_model, reward_model
                 run.steps.append(metrics)
                 if policy_loss == "clip" and metrics.get("approx_kl", 0) > (target_kl or math.inf):
                     break  # the rollout has become too old for its policy
-        if kl_target is not None:
+        if kl_target is not None and state.rollout >= critic_warmup:
             kl, rows = sum(row.kl.sum().item() for row in buffer.rows), len(buffer.rows)
             state.kl_coef = adapt_kl_coef(state.kl_coef, kl / rows, kl_target, rows, kl_horizon)
         if policy_loss == "ppo1" and state.rollout >= critic_warmup:

@@ -2799,6 +2799,14 @@ def test_an_adaptive_kl_coef_follows_the_measured_kl(go):
 
 
 @pytest.mark.usefixtures("small")
+def test_coefficients_do_not_move_while_the_actor_cannot(go):
+    """Neither can make KL rise in the critic's warm-up: it would only be integrated away."""
+    run = go(kl_target=2.0, kl_horizon=1, critic_warmup=2, policy_loss="ppo1", target_kl=1.0)
+    assert run.scalars["kl/kl_coef"] == pytest.approx([0.05, 0.05, 0.05, 0.04])
+    assert run.scalars["kl/ppo1_beta"] == [1.0, 1.0, 1.0, 0.5]
+
+
+@pytest.mark.usefixtures("small")
 def test_kl_coef_is_annealed_over_the_first_half(go):
     """Geometric from kl_coef_start to kl_coef, then constant."""
     run = go(kl_coef_start=0.8, kl_coef=0.05, episodes=8)
