@@ -1056,13 +1056,15 @@ class Run:
         self.models, self.optimizers, self.writer = models, optimizers, writer
         self.sampling, self.scoring = sampling, scoring
         self.prompts_dataset, self.eval_dataset = prompts_dataset, eval_dataset
-        self.rollouts = math.ceil(episodes * len(prompts_dataset) / rollout_batch_size)
+        asked, rows = episodes * len(prompts_dataset), rollout_batch_size * n_samples_per_prompt
+        self.rollouts = math.ceil(round(asked / rollout_batch_size, 6)) or 1  # 1.1 * 50 > 55
+        steps = max_epochs * math.ceil(rows / train_batch_size)  # of a rollout
         if self.rollouts <= critic_warmup:
             say(f"  ! critic_warmup = {critic_warmup} of {self.rollouts} rollouts: no actor learns")
-        rows = rollout_batch_size * n_samples_per_prompt
-        steps = self.rollouts * max_epochs * math.ceil(rows / train_batch_size)
-        if steps <= warmup_steps:
-            say(f"  ! warmup_steps = {warmup_steps} of {steps} steps: the rates only rise")
+        elif 0 < warmup_steps <= critic_warmup * steps:
+            say(f"  ! warmup_steps = {warmup_steps}: all are critic_warmup's, the actor has none")
+        if self.rollouts * steps <= warmup_steps:
+            say(f"  ! warmup_steps = {warmup_steps} of {self.rollouts * steps}: rates only rise")
         self.state = State(kl_coef=kl_coef_start or kl_coef)
         self.steps, self.metrics, self.strikes = [], {}, defaultdict(int)
         self.now, self.stopping, self.after = None, False, []

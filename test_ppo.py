@@ -3645,12 +3645,23 @@ def test_the_noise_of_gold_is_no_hack(go, capsys):
     assert "reward/gold_lost" not in dict(advised(capsys.readouterr().out))
 
 
+def test_a_part_of_an_episode_is_as_many_rollouts_as_in_decimals(monkeypatch):
+    """1.1 * 100 is 110.00000000000001 in floats, which made a twelfth rollout of ten prompts."""
+    for tenths, prompts, batch in itertools.product(range(1, 60), (1, 7, 50, 100), (1, 3, 10, 64)):
+        monkeypatch.setattr(ppo, "episodes", tenths / 10)
+        monkeypatch.setattr(ppo, "rollout_batch_size", batch)
+        run = ppo.Run((), (), {}, {}, ["a"] * prompts, None, None)
+        assert run.rollouts == -(-tenths * prompts // (10 * batch))
+
+
 @pytest.mark.usefixtures("small")
 def test_a_warm_up_as_long_as_the_run_is_said(go, capsys):
     """lr_schedule has no effect then, and the rates that were set are never used, or in the last
-    step alone. Of the critic's, that no actor learns."""
+    step alone. Of the critic's, that no actor learns, or that it starts at the full rate."""
     for constants, said in (
-            (dict(warmup_steps=16), "! warmup_steps = 16 of 16 steps"), (dict(warmup_steps=15), ""),
+            (dict(warmup_steps=16), "! warmup_steps = 16 of 16: "), (dict(warmup_steps=15), ""),
+            (dict(warmup_steps=12, critic_warmup=3), "! warmup_steps = 12: all are"),
+            (dict(warmup_steps=13, critic_warmup=3), ""),
             (dict(critic_warmup=4), "! critic_warmup = 4 of 4 rollouts: no actor learns"),
             (dict(critic_warmup=3), "")):
         scalars = go(**constants, max_epochs=2, train_batch_size=3).scalars
