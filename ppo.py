@@ -1014,7 +1014,9 @@ def get_rollout_metrics(rows):
     k3 = compute_approx_kl(batch.old_action_log_probs, batch.ref_action_log_probs, mask, "k3")
     scores = torch.tensor([row.info["raw_score"] for row in rows], dtype=torch.float64)
     returns, errors = batch.returns[mask], (batch.returns - batch.values)[mask]
-    unexplained = errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-12)
+    spread, scale = returns.var(correction=0), (returns.square() + errors.square()).mean()
+    # Equal returns, but for rounding, leave nothing to explain: 0, and not -1e8.
+    unexplained = errors.var(correction=0) / spread if spread > 1e-10 * scale else 1.0
     metrics = dict(
         score_mean=scores.mean(), score_std=scores.std(correction=0),
         after_kl=scores.mean() - kl_coef * batch.kl.sum() / n, ref_k1=batch.kl.sum() / n,

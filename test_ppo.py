@@ -3639,6 +3639,17 @@ def test_one_step_a_rollout_clips_nothing_and_is_told_nothing(go, capsys):
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("score", [0.0, 1.0, 300.0])
+def test_equal_returns_leave_nothing_to_explain(score, go, capsys):
+    """As of sparse scores without a KL: divided by their variance, 0 but for rounding, the errors
+    of V were a variance explained to -1e8, and the critic was to blame."""
+    run = go(lambda prompts, responses: [score] * len(responses), kl_coef=0.0, lambd=1.0,
+             clip_reward=None, critic_lr=0.01, critic=busy_critic(), episodes=5)
+    assert run.scalars["value/explained_variance"] == [0] * 5
+    assert "value/explained_variance" not in dict(advised(capsys.readouterr().out))
+
+
+@pytest.mark.usefixtures("small")
 def test_the_noise_of_gold_is_no_hack(go, capsys):
     rng = random.Random(0)
     go(gold_fn=lambda p, r, **_: [rng.gauss(0, 1) for _ in r], episodes=40)
