@@ -1829,7 +1829,6 @@ whiten_advantages="no"; normalize_scores=None; whiten_rewards=0.5; run_name=2024
 reward_fn=torch.nn.Identity(); gold_fn=torch.nn.Identity(); kl_target=6.0, kl_coef=0
 critic_name="a", lora_rank=2
 run_name="t", actor_name="runs/t/final"; run_name="t", critic_name="runs/../runs/t/best"
-critic_name="c", lora_rank=2
 """.strip().replace("\n", "; ").split("; ")
 
 
