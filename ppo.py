@@ -338,10 +338,9 @@ def compute_rewards(kl, scores, action_mask, kl_coef, clip_reward=None):
     if clip_reward is not None:  # wide: within +-0.2 all good answers are equal (Trap 6)
         scores = scores.clamp(-clip_reward, clip_reward)
     # Of each row its own last token: in the last column a short row has padding (Traps 1, 23).
-    places = torch.arange(mask.shape[1], device=mask.device)
-    last = (places * mask).argmax(-1, keepdim=True)  # (B, 1)
-    score = scores.to(rewards.dtype).unsqueeze(-1)  # (B, 1)
-    return rewards + torch.where((places == last) & mask, score, 0.0)
+    is_last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
+    score = scores.to(rewards.dtype).reshape(len(mask), 1)  # like a classifier's logits
+    return rewards + torch.where(is_last, score, 0.0)
 
 def get_advantages_and_returns(values, rewards, action_mask, gamma, lambd, last_values=None,
                                dones=None):

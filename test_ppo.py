@@ -309,6 +309,19 @@ def test_score_arrives_on_the_last_real_token_whatever_the_mask_looks_like():
         close(ppo.compute_rewards(kl, scores, mask, 0.3, clip_reward=clip), want)
 
 
+def test_scores_may_be_a_classifiers_logits_and_are_one_for_each_row():
+    """(B, 1) gave each row the scores of all rows, as (B, B, T), and a single one went to all."""
+    x = cases()[0]
+    want = [[(t == n - 1) * s for t in range(x.T)] for n, s in zip(x.lengths, x.scores.tolist())]
+    for scores in (x.scores, x.scores[:, None]):
+        close(ppo.compute_rewards(x.log_probs, scores, x.mask, 0.0), want)
+    for scores in (x.scores[:1], x.scores[0], x.scores[1:], x.scores.expand(2, -1)):
+        with pytest.raises(RuntimeError, match="shape"):
+            ppo.compute_rewards(x.log_probs, scores, x.mask, 0.0)
+    nothing = torch.zeros(2, 0)
+    assert ppo.compute_rewards(nothing, torch.ones(2), nothing, 0.1).shape == (2, 0)
+
+
 def naive_advantages(x, gamma, lambd, last_values, dones, masked):
     """Eq. 9, 10 as the double sum over l of (gamma lambda)^l delta_{t+l}."""
     A = torch.zeros(x.B, x.T, dtype=torch.float64)
@@ -942,7 +955,7 @@ def actions(row):
 # Lines of ours that are broken more than once
 IN_THE_MASK = "is_end.cumsum(-1) - is_end == 0"
 END_DROPPED = ("get_action_mask", IN_THE_MASK, "is_end.cumsum(-1) == 0")
-LAST_B = "last = (places * mask).argmax(-1, keepdim=True)"
+LAST_B = "mask.flip(-1).cumsum(-1).flip(-1) == 1"
 BY_HAND = ("generate_samples", '[item["text"] for')
 WHOLE_STEP = ("denominator=whole * len(share) / len(experience)", "denominator=None")
 CLAMP = "ratio.clamp(1 - clip_eps, 1 + high)"
@@ -953,7 +966,7 @@ STATE = ("load_checkpoint", 'State(**rest["state"]')
 
 
 @museum([END_DROPPED, ("compute_rewards", LAST_B,  # on the end token, where the mask is 0
-                       "last = mask.sum(-1, keepdim=True).clamp(max=mask.shape[1] - 1)")])
+                       "F.one_hot(mask.sum(-1).clamp(max=mask.shape[1] - 1)).bool()")])
 def test_trap_01_reward_never_rises_and_only_answers_that_never_stop_get_it():
     """The mask drops the end token; the score is put on it and then multiplied by that mask."""
     finished, cut = experience([[A, B, EOS], [A, B, C, A]], kl_coef=0.0)
@@ -1238,7 +1251,7 @@ def test_trap_22_garbage_on_padding_changes_the_loss():
         assert torch.equal(gradient(loss, y, x - 0.1, y, mask), gradient(loss, x, x - 0.1, x, mask))
 
 
-@museum(("compute_rewards", LAST_B, "last = mask.shape[1] - 1"))
+@museum(("compute_rewards", LAST_B, "torch.arange(mask.shape[1]) == mask.shape[1] - 1"))
 def test_trap_23_reward_is_lost_for_short_answers():
     """The score stands in the last column of the padded tensor."""
     rows = experience([[A, EOS], [A, B, C, EOS]], kl_coef=0.0)
