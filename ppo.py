@@ -793,8 +793,11 @@ def read_prompts(source):
     return [columns | item for item in items]  # None where a column is left out
 
 def get_columns(items):
-    """Items of a PromptDataset -> prompts, and the further columns of the user's."""
-    columns = {name: [item.get(name) for item in items] for name in set().union(*items)}
+    """Items of a PromptDataset -> prompts, and the further columns of the user's. Copies: a
+    reward_fn that appends to its messages must not do so to those of the next sample."""
+    columns = {name: [copy.deepcopy(value) if isinstance(value, (list, dict)) else value
+                      for value in (item.get(name) for item in items)]
+               for name in set().union(*items)}
     prompts, _ = columns.pop("prompt"), columns.pop("text")
     return prompts, columns
 

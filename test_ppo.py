@@ -2650,6 +2650,26 @@ def test_a_response_begins_with_the_space_that_was_sampled():
     assert sample(actor, ["once upon"], tokenizer, add_special_tokens=False).responses == ["a time"]
 
 
+def test_a_reward_function_that_changes_what_it_is_given_changes_nothing_else():
+    """To append the response to the messages is how a judge is asked. The second sample of a prompt
+    then had the first one's response before its own, the next rollout all of these."""
+    turns, facts = [{"role": "user", "content": "w5"}], {"kept": [1]}
+    dataset = ppo.PromptDataset([dict(prompt=turns, facts=facts)], make_tokenizer(), True, 16)
+
+    def judge(prompts, responses, facts):
+        for prompt, response, fact in zip(prompts, responses, facts):
+            prompt.append({"role": "assistant", "content": response})
+            fact["kept"].append(response)
+        return [len(prompt) + len(fact["kept"]) for prompt, fact in zip(prompts, facts)]
+
+    for _ in range(2):
+        samples_list = [sample(scripted([[A, EOS]]), dataset, n_samples_per_prompt=3)]
+        rows = ppo.generate_experiences(samples_list, tiny(), make_critic(), judge, tiny())
+        assert [row.info["raw_score"] for row in rows] == [2 + 2] * 3
+    assert turns == dataset[0]["prompt"] == [{"role": "user", "content": "w5"}]
+    assert facts == {"kept": [1]}
+
+
 @pytest.mark.usefixtures("small")
 def test_a_column_that_no_prompt_of_a_rollout_has_is_none(go):
     def reward(prompts, responses, answer, **columns):
