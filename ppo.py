@@ -218,7 +218,7 @@ class Critic(nn.Module):
 
     def __init__(self, base_model):
         super().__init__()
-        self.base_model = copy.deepcopy(base_model).requires_grad_(True)
+        self.base_model = copy.deepcopy(base_model.base_model).requires_grad_(True)  # no lm_head
         hidden_size = base_model.get_input_embeddings().weight.shape[1]  # OPT's config has another
         self.value_head = nn.Linear(hidden_size, 1, device=base_model.device)
         nn.init.zeros_(self.value_head.weight)

@@ -1021,7 +1021,7 @@ def test_trap_06_ranking_of_answers_is_lost():
     assert [row.rewards[-1] for row in rows] == [0.5, 1.0, 2.0, 4.0]
 
 
-@museum(("Critic", "copy.deepcopy(base_model)", "base_model"))
+@museum(("Critic", "copy.deepcopy(base_model.base_model)", "base_model"))
 def test_trap_07_actor_moves_after_its_own_loss_was_computed():
     """The critic wraps the actor's body: two optimizers own the same weights."""
     actor, rows = copy.deepcopy(tiny()), experience([[A, B, EOS], [B, EOS]])
@@ -2712,6 +2712,21 @@ def test_the_critic_learns_in_all_its_weights_and_starts_where_the_tokens_are_th
         body = (reward if owner == "reward" else actor).base_model
         assert type(critic.base_model) is type(body)
         assert torch.equal(weights(critic.base_model), weights(body))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft asks for it
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_a_critic_takes_a_whole_model_or_its_body_or_that_of_adapters(kind):
+    """Of a model with its lm_head it was made, and failed in its first forward."""
+    peft, model, mask = pytest.importorskip("peft"), tiny(kind), torch.ones(2, 5).long()
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(
+        r=2, target_modules=["c_attn" if "GPT2" in kind else "q_proj"],
+        fan_in_fan_out="GPT2" in kind))
+    seqs = torch.arange(10).view(2, 5)
+    bodies = [ppo.Critic(part) for part in (model.base_model, model, adapted.base_model)]
+    want, *values = [critic.eval()(seqs, mask, 3).shape for critic in bodies]
+    assert values == [want] * 2 == [(2, 3)] * 2
+    assert [type(critic.base_model) for critic in bodies] == [type(model.base_model)] * 3
 
 
 def test_the_kl_in_the_loss_is_weighted_by_the_ratio_and_padding_is_not():
