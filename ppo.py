@@ -339,8 +339,7 @@ def compute_rewards(kl, scores, action_mask, kl_coef, clip_reward=None):
         scores = scores.clamp(-clip_reward, clip_reward)
     # Of each row its own last token: in the last column a short row has padding (Traps 1, 23).
     is_last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
-    score = scores.to(rewards.dtype).reshape(len(mask), 1)  # like a classifier's logits
-    return rewards + torch.where(is_last, score, 0.0)
+    return rewards + scores.to(rewards.dtype).reshape(len(mask), 1).where(is_last, 0.0)
 
 def get_advantages_and_returns(values, rewards, action_mask, gamma, lambd, last_values=None,
                                dones=None):
@@ -504,6 +503,8 @@ def generate_samples(prompts, model, actor_tokenizer, max_length, max_new_tokens
     n_samples_per_prompt successive rows for each prompt. add_special_tokens: False for text out of
     a chat template, which brings its own BOS (Trap 16)."""
     items = [p if isinstance(p, dict) else {"prompt": p, "text": p} for p in prompts]
+    if isinstance(prompts, (str, dict)) or not all(isinstance(i["text"], str) for i in items):
+        raise TypeError("prompts: give a list of texts, or items of a PromptDataset")
     items = [item for item in items for _ in range(n_samples_per_prompt)]
     # Padded on the left: every response starts in one column. Cut there too: the question stands on
     # the right (Trap 12).
@@ -546,7 +547,7 @@ def compute_scores(prompts, responses, reward_model, reward_tokenizer=None,
     limit = getattr(reward_model.config, "max_position_embeddings", None) or sys.maxsize
     limit = min(limit, reward_tokenizer.model_max_length)
     inputs = [to_reward_inputs(prompt, response, reward_tokenizer, apply_chat_template, limit)
-              for prompt, response in zip(prompts, responses)]
+              for prompt, response in zip(prompts, responses, strict=True)]
     by_length = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]["input_ids"]))
     scores = {}
     for start in range(0, len(inputs), micro_train_batch_size):

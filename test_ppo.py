@@ -2637,6 +2637,23 @@ def test_a_reward_model_finds_the_end_of_each_row_whatever_its_config_says():
         assert ppo.compute_scores(*texts, model, tokenizer, False) == pytest.approx(alone, abs=1e-5)
 
 
+@pytest.mark.parametrize("prompts", [
+    "w9 w8", dict(prompt=["w9", "w8"], text=["w9", "w8"]), [dict(prompt=["w9"], text=["w9", "w8"])],
+    [[{"role": "user", "content": "w9"}]]], ids=["text", "table", "batches", "messages"])
+def test_what_is_no_list_of_texts_is_not_answered(prompts):
+    """A text gave a response to each of its letters, a slice of a Hugging Face data set to the
+    names of its columns, a DataLoader to pairs of texts."""
+    with pytest.raises(TypeError, match="list of texts"):
+        sample(tiny(), prompts)
+
+
+def test_prompts_and_responses_to_score_are_as_many():
+    """Without a word the longer list was cut."""
+    model = tiny("LlamaForSequenceClassification", num_labels=1)
+    with pytest.raises(ValueError, match="shorter"):
+        ppo.compute_scores(["w9", "w8"], ["w7"], model, make_tokenizer())
+
+
 def test_a_response_begins_with_the_space_that_was_sampled():
     """A Llama's decoder drops that of the first word, for which a text begins there."""
     words = ["<unk>", "<s>", "</s>", "▁once", "▁upon", "▁a", "▁time"]
