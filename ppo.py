@@ -764,14 +764,14 @@ def train(prompts_dataset, eval_dataset, actor_model, critic_model, reward_model
 
 def read_prompts(source):
     """A list, or the path of a .txt or .jsonl -> list of dicts: `prompt` and the other columns."""
-    where, items = f"prompts {source!r}", []
+    where, items = f"prompts {source!r:.200}", []
     entries = {f"prompt {n}": item for n, item in enumerate(source, 1)}
     try:
         if isinstance(source, str):
             with open(source, encoding="utf-8-sig") as file:
                 entries = {f"{source}, line {n}": line.strip() for n, line in enumerate(file, 1)
                            if line.strip()}
-        if not entries:
+        if not entries or isinstance(source, dict):  # a dict of columns is no list
             raise ValueError("there is none")
         for where, item in entries.items():
             if isinstance(source, str) and source.endswith(".jsonl"):
@@ -792,6 +792,13 @@ def read_prompts(source):
                          "`prompt`, a text, or `messages`, with role and content") from None
     columns = dict.fromkeys(name for item in items for name in item)
     return [columns | item for item in items]  # None where a column is left out
+
+def to_dataset(source, sampling):
+    """What `train` is given: a PromptDataset, or a part of one; of anything else one is made."""
+    source = source if hasattr(source, "__getitem__") else list(source)
+    if source and all(isinstance(item, dict) and {"prompt", "text"} <= {*item} for item in source):
+        return source
+    return PromptDataset(source, sampling["actor_tokenizer"], apply_chat_template, max_length)
 
 def get_columns(items):
     """Items of a PromptDataset -> prompts, and the further columns of the user's. Copies: a
@@ -1060,10 +1067,11 @@ class Run:
                  writer):
         self.models, self.optimizers, self.writer = models, optimizers, writer
         self.sampling, self.scoring = sampling, scoring
-        self.prompts_dataset, self.eval_dataset = prompts_dataset, eval_dataset
-        asked, rows = episodes * len(prompts_dataset), rollout_batch_size * n_samples_per_prompt
-        self.rollouts = math.ceil(round(asked / rollout_batch_size, 6)) or 1  # 1.1 * 50 > 55
-        steps = max_epochs * math.ceil(rows / train_batch_size)  # of a rollout
+        self.prompts_dataset = to_dataset(prompts_dataset, sampling)
+        self.eval_dataset = eval_dataset and to_dataset(eval_dataset, sampling)
+        asked = episodes * len(self.prompts_dataset) / rollout_batch_size
+        self.rollouts = math.ceil(round(asked, 6)) or 1  # 1.1 * 50 > 55
+        steps = max_epochs * math.ceil(rollout_batch_size * n_samples_per_prompt / train_batch_size)
         if self.rollouts <= critic_warmup:
             say(f"  ! critic_warmup = {critic_warmup} of {self.rollouts} rollouts: no actor learns")
         elif 0 < warmup_steps <= critic_warmup * steps:

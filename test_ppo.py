@@ -923,8 +923,9 @@ def watched(name):
         yield seen
 
 
-def train(actor, score=1.0, critic=None, tokenizer=None, **constants):
-    """ppo.train, small, without log and checks -> the run, the rows of each rollout."""
+def train(actor, score=1.0, critic=None, tokenizer=None, kind=None, **constants):
+    """ppo.train, small, without log and checks -> the run, the rows of each rollout. kind: what
+    makes data sets of the prompts, held-out ones too."""
     small = dict(apply_chat_template=False, episodes=1, rollout_batch_size=4, max_new_tokens=12,
                  n_samples_per_prompt=1, micro_rollout_batch_size=4, train_batch_size=4,
                  micro_train_batch_size=2, max_epochs=1, missing_eos_penalty=None, critic_warmup=0,
@@ -934,7 +935,8 @@ def train(actor, score=1.0, critic=None, tokenizer=None, **constants):
         for name, value in (small | constants).items():
             patch.setattr(ppo, name, value)
         dataset = ppo.PromptDataset(prompts, tokenizer, ppo.apply_chat_template, 16)
-        run = ppo.train(dataset, None, actor, critic or make_critic(), as_reward(score),
+        datasets = [kind(prompts) if kind else either for either in (dataset, None)]
+        run = ppo.train(*datasets, actor, critic or make_critic(), as_reward(score),
                         copy.deepcopy(tiny()), tokenizer, None, None)
     return run, [rollout.value for rollout in rollouts]
 
@@ -2616,6 +2618,41 @@ def test_ppo1_doubles_or_halves_its_penalty_and_the_penalty_holds(go):
     assert held < 0.5 * moved
     assert not any(run.scalars["policy/clip_upper"] + run.scalars["policy/clip_lower"])
     assert any(metrics["ratio_max"] > 1.2 for metrics in run.steps + free.steps)
+
+
+class Table:
+    """Like a data set of Hugging Face's: an item is a dict of columns, a slice a dict of lists."""
+
+    def __init__(self, prompts):
+        self.column = prompts
+
+    def __len__(self):
+        return len(self.column)
+
+    def __getitem__(self, i):
+        return {"prompt": self.column[i], "answer": self.column[i]}
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_train_reads_prompts_that_are_no_data_set_as_it_reads_those_of_a_file(template):
+    """Texts were answered without their chat template and BOS, or ended the self-check."""
+    tokenizer, seen = make_tokenizer(), []
+
+    def read(prompts):
+        return ppo.PromptDataset(prompts, tokenizer, template, 16)
+
+    def part(prompts):
+        return torch.utils.data.Subset(read(["w8", *prompts]), range(1, 5))
+    for kind in (read, part, list, tuple, iter, Table):
+        _, lists_of_rows = train(
+            copy.deepcopy(tiny()), kind=kind, tokenizer=tokenizer, max_length=16,
+            apply_chat_template=template, self_check="stop")
+        before_during_after = lists_of_rows[-3:]
+        seen.append([row.seqs.tolist() for rows in before_during_after for row in rows])
+        assert len(seen[-1]) == 12 and seen[-1] == seen[0], kind
+    for nothing in ([], (), iter([]), dict(prompt=["w9", "w5"])):  # this one is its columns' names
+        with pytest.raises(ppo.InputError, match="there is none"):
+            train(tiny(), kind=lambda _: nothing)
 
 
 @pytest.mark.usefixtures("small")
@@ -4920,7 +4957,7 @@ def test_the_page_of_custom_scalars_draws_each_tag_in_one_chart(whole):
 @pytest.mark.parametrize("tag, side", BOUNDS)
 def test_the_third_rollout_outside_of_a_range_brings_advice_once(tag, side, capsys):
     """Not the second one in a row, not a limit itself, and anew after one that is inside."""
-    run, row = ppo.Run((), (), {}, {}, [0], None, None), ppo.METRICS[tag]
+    run, row = ppo.Run((), (), {}, {}, [dict(prompt=0, text=0)], None, None), ppo.METRICS[tag]
     limit = row[side]
     outside = limit + (1e-3 if side == 2 else -1e-3) * max(1.0, abs(limit))
     said = []
