@@ -1694,7 +1694,8 @@ def trace(rows, actor_model, tokenizer, kl_coef):
 def recomputing(model):
     """Gradient checkpointing works inside only. In eval() it does nothing, so the layers that
     recompute are set to training, without what is in them: dropout stays off."""
-    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    layers = [m for m in model.modules()  # those of a model in train() stay as they are
+              if getattr(m, "gradient_checkpointing", False) and not m.training]
     for layer in layers:
         layer.training = True
     try:

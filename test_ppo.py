@@ -2783,6 +2783,17 @@ def test_a_critic_takes_a_whole_model_or_its_body_or_that_of_adapters(kind):
     assert [type(critic.base_model) for critic in bodies] == [type(model.base_model)] * 3
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_an_update_leaves_a_model_in_the_mode_in_which_it_was(training):
+    """With gradient checkpointing half of a model in train() was left in eval()."""
+    actor, critic = copy.deepcopy(tiny()).train(training), make_critic()
+    (getattr(actor, ppo.ENABLE, None) or actor.gradient_checkpointing_enable)()
+    rows = experience([[A, B, EOS]], actor=tiny())
+    ppo.train_step(rows, actor, critic, *(torch.optim.SGD(model.parameters(), lr=0.0)
+                                          for model in (actor, critic)), 1)
+    assert {module.training for module in actor.modules()} == {training}
+
+
 def test_the_kl_in_the_loss_is_weighted_by_the_ratio_and_padding_is_not():
     """After the first step: ratio k2, averaged over real tokens; its slope is ratio k1."""
     torch.manual_seed(0)
