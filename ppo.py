@@ -1709,13 +1709,16 @@ def inverse_cdf():
     """Inside, `generate` draws tokens with one random number a row: torch.multinomial draws one for
     each token of the vocabulary, at 152k a third of the time of sampling. In float64: in float32 a
     sum over 152k probabilities would lose the rare ones."""
-    def multinomial(probs, num_samples):
+    def multinomial(probs, num_samples, *more, **options):
+        if more or options or num_samples != 1 or probs.dim() != 2:  # of another thread, a router
+            return own(probs, num_samples, *more, **options)
         cdf = probs.cumsum(-1, dtype=torch.float64)
         if not cdf[:, -1].isfinite().all():
             raise FloatingPointError("a probability of the actor is not finite")
         drawn = torch.rand(len(cdf), num_samples, dtype=cdf.dtype, device=cdf.device)
         return torch.searchsorted(cdf, drawn * cdf[:, -1:], right=True)
 
+    own = torch.multinomial
     with unittest.mock.patch.object(torch, "multinomial", multinomial):
         yield
 
@@ -2056,6 +2059,8 @@ def check_values():
             value = globals()[name.strip("?")]
             if not right(value) and not ("?" in name and value is None):
                 raise InputError(f"{name.strip('?')} = {value!r}: use {words}")
+    if policy_loss == "ppo1" and not target_kl:
+        raise InputError("policy_loss = 'ppo1' needs a target_kl")
 
 def check_constants():
     """The same for those that cannot be together."""
@@ -2073,7 +2078,6 @@ def check_constants():
             (kl_target and not kl_coef, "kl_target multiplies kl_coef: that must be above 0"),
             (any(map(is_ours, (actor_name, reward_name, critic_name))),
              f"run_name: a model lies in {run_folder()}, which this run puts aside: take another"),
-            (policy_loss == "ppo1" and not target_kl, "policy_loss = 'ppo1' needs a target_kl"),
             (kl_coef_start and (not kl_coef or kl_target),
              "kl_coef_start is annealed to kl_coef: that must be above 0, and kl_target None")):
         if wrong:

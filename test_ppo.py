@@ -2658,6 +2658,7 @@ def test_train_reads_prompts_that_are_no_data_set_as_it_reads_those_of_a_file(te
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("wrong", [
     dict(kl_in="Loss"), dict(policy_loss="PPO1"), dict(truncated="boot"),
+    dict(policy_loss="ppo1"),  # without target_kl: a TypeError after the first rollout
     dict(actor_lr=numpy.float64(1e-3))])
 def test_train_refuses_a_wrong_constant_too(wrong, go):
     """From another script nothing else looks at them: the KL would be in neither place."""
@@ -5220,18 +5221,37 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(monkeypatch):
     probs = torch.tensor([[0.0, 0.5, 0.0, 0.2, 1e-4, 0.0999, 0.0]])
     numbers = torch.arange(0, 1, 1e-5, dtype=torch.float64)
     numbers[-1] = 1 - 2 ** -53
-    monkeypatch.setattr(torch, "rand", lambda rows, n, **_: numbers[None, :n])
+    monkeypatch.setattr(torch, "rand", lambda rows, _, **options: numbers[:rows, None])
     with ppo.inverse_cdf():
-        drawn = torch.multinomial(probs, len(numbers))[0]
+        drawn = torch.multinomial(probs.expand(len(numbers), -1), 1)[:, 0]
     counts = drawn.bincount(minlength=7) / len(numbers)
     torch.testing.assert_close(counts, probs[0] / probs.sum(), rtol=0, atol=2e-5)
     assert not counts[[0, 2, 6]].any()
     # A rare token behind a likely one has its own place too: the middle of it leads there.
     many = torch.full((1, 150_000), 2.0 ** -30).index_fill_(1, torch.tensor([0]), 1.0)
-    wanted = torch.arange(1, 150_000, 7)
+    wanted = torch.arange(1, 150_000, 1499)
     numbers = (1 + (wanted.double() - 0.5) * 2.0 ** -30) / many.double().sum()
     with ppo.inverse_cdf():
-        assert (torch.multinomial(many, len(numbers))[0] - wanted).abs().max() <= 1
+        drawn = torch.multinomial(many.expand(len(numbers), -1), 1)[:, 0]
+    assert (drawn - wanted).abs().max() <= 1
+
+
+def test_what_else_is_drawn_while_tokens_are_is_drawn_as_ever():
+    """By another thread (a sampler of a DataLoader) or by the model: a draw with replacement was a
+    TypeError, one without it drew the same twice, one from a single row had too many indices."""
+    weights = torch.tensor([0.2, 0.0, 0.5, 0.3])
+    calls = [lambda: torch.multinomial(weights, 3), lambda: torch.multinomial(weights[None], 3),
+             lambda: torch.multinomial(weights, 9, replacement=True),
+             lambda: torch.distributions.Categorical(weights).sample((5,)),
+             lambda: torch.multinomial(weights[None], 1, generator=torch.Generator()),
+             lambda: [*torch.utils.data.WeightedRandomSampler(weights, 7)]]
+    for call in calls:
+        results = []
+        for context in (contextlib.nullcontext, ppo.inverse_cdf):
+            torch.manual_seed(0)
+            with context():
+                results.append(torch.as_tensor(call()).tolist())
+        assert results[0] == results[1]
 
 
 def test_the_pairwise_loss_is_that_of_bradley_and_terry():
