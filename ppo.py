@@ -377,7 +377,7 @@ def whiten(values, mask, shift_mean=True):
     mean = values.masked_fill(~mask, 0.0).sum() / count.clamp(min=1)
     centred = (values - mean).masked_fill(~mask, 0.0)
     variance = centred.square().sum() / (count - 1).clamp(min=1)
-    whitened = centred * (variance + 1e-8).rsqrt()
+    whitened = centred * (variance + max(1e-8, torch.finfo(variance.dtype).tiny)).rsqrt()
     return whitened if shift_mean else (whitened + mean).masked_fill(~mask, 0.0)
 
 def anneal_kl_coef(fraction, kl_coef, kl_coef_start):

@@ -433,7 +433,8 @@ def test_whiten_gives_mean_0_and_variance_1_over_the_real_entries_only():
 
 def test_whiten_stays_finite_when_all_entries_are_equal_or_there_is_one_or_none():
     """Trap 10's neighbour: the variance of one entry is 0/0, one NaN there reaches all weights."""
-    for dtype, real in itertools.product((torch.float32, torch.float64), (4, 1, 0)):
+    kinds = torch.float16, torch.bfloat16, torch.float32, torch.float64  # 1e-8 is 0 in the first
+    for dtype, real in itertools.product(kinds, (4, 1, 0)):
         values = torch.full((2, 3), 0.1, dtype=dtype)
         mask = (torch.arange(6) < real).view(2, 3)
         close(ppo.whiten(values, mask), torch.zeros(2, 3), 1e-3)
