@@ -1219,7 +1219,7 @@ class Run:
         try:
             if self.writer:
                 getattr(self.writer, kind)(*what)
-        except OSError as error:
+        except Exception as error:  # OSError of TensorBoard's, anything of a writer of the user's
             say(f"  ! no more curves ({error})")
             self.writer.all_writers = self.writer = None  # its close would raise it again
 

@@ -3658,6 +3658,18 @@ def test_no_room_for_a_point_does_not_end_the_run(whole, tmp_path):
     assert [n for n in end if end[n] != whole.end.get(n) and not n.startswith("/events")] == []
 
 
+@pytest.mark.usefixtures("small")
+def test_an_error_of_a_writer_of_ones_own_does_not_end_the_run(go, monkeypatch, capsys):
+    """It did, and left our handlers of Ctrl-C behind: a second one ended the caller's process."""
+    def closed(*_):
+        raise RuntimeError("the writer is closed")
+    monkeypatch.setattr(Writer, "add_scalar", closed)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert len(go(episodes=2).rollouts) == 2
+    assert "no more curves (the writer is closed)" in capsys.readouterr().out
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
 def test_an_exception_of_gold_fn_saves_the_start_of_its_rollout(whole, tmp_path):
     calls = []
     def gold(prompts, responses, **_):
