@@ -1463,6 +1463,10 @@ def check_forward(run):
     change where they are not."""
     actor, critic, _, ref = run.models
     rounding = 1e-4 if device == "cpu" else math.inf  # that of bf16 is reported and not judged
+    small = [p for model in (actor, critic) for p in model.parameters()
+             if p.requires_grad and p.dtype.itemsize < 4]
+    yield ("trained weights have 32 bits", len(small), 1,
+           "Load both with dtype=torch.float32: bf16 rounds small steps away (Trap 17)")
     tokenizer, few = run.sampling["actor_tokenizer"], min(max_new_tokens, 16)
     end_tokens, pad = get_end_tokens(actor, tokenizer), tokenizer.pad_token_id
     prompts = sorted(list(run.prompts_dataset)[:64], key=lambda item: len(item["text"]))

@@ -2355,7 +2355,8 @@ def test_degenerate_rollouts_keep_running_and_stay_finite(case, loss_agg, go):
 # ---- E. The self-check -------------------------------------------------------------------------
 
 CHECKS = ["ratio is 1", "KL to the reference", "sampled is what", "under padding", "V(s_0)",
-          "row alone", "end token", "score arrives", "one gradient", "shared", "frozen", "apart"]
+          "row alone", "end token", "score arrives", "one gradient", "shared", "frozen", "apart",
+          "32 bits"]
 
 
 class NoPositions(transformers.GPT2LMHeadModel):
@@ -2479,6 +2480,12 @@ def break_frozen(patch, models):
     models["ref"].lm_head.weight.grad = torch.zeros_like(models["ref"].lm_head.weight)
 
 
+def break_dtype(patch, models):
+    """As transformers 5 loads by default: Adam's small steps are rounded away (Trap 17)."""
+    models["critic"] = ppo.Critic(models["actor"].base_model).eval()
+    models["critic"].base_model.norm.bfloat16()
+
+
 def break_reward(patch, models):
     torch.nn.init.zeros_(models["reward"].score.weight)
 
@@ -2491,6 +2498,7 @@ BREAKS = {
     break_positions_without_gradient: {"row alone"},
     break_mask: {"end token"}, break_score: {"score arrives"}, break_denominator: {"one gradient"},
     break_trunk: {"shared"}, break_frozen: {"frozen"}, break_reward: {"apart"},
+    break_dtype: {"32 bits"},
     break_dropout: None, None: set()}
 
 
