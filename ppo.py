@@ -1,7 +1,7 @@
 """PPO from human feedback for a language model, in one file to read, edit and run.
 
     4 models   actor    pi_theta  writes the responses                  trained by the policy loss
-               critic   V         expects the reward still to come      trained by the value loss
+               critic   V         predicts the reward still to come     trained by the value loss
                reward   score     judges a whole response               frozen
                ref      pi_ref    the actor as it was loaded            frozen, the anchor
     2 losses   policy loss (Eq. 5), value loss (Eq. 6)
@@ -58,9 +58,9 @@ from torch import nn
 actor_name = "demo/actor"       # the model to train; as loaded, it is the reference too
 reward_name = "demo/reward"     # a sequence classifier with one output
 critic_name = None              # None: the reward model's body where that fits, else the actor's
-reward_fn = None                # reward_fn(prompts, responses, **columns) -> floats, instead
-gold_fn = None                  # the same form, logged and never trained on: is the reward hacked?
-lora_rank = 0                   # 0: all weights; 8 to 64: adapters, less memory, a higher actor_lr
+reward_fn = None                # in its place: reward_fn(prompts, responses, **columns) -> floats
+gold_fn = None                  # same form; logged, never trained on: is the reward hacked?
+lora_rank = 0                   # 0: all weights; 8 to 64: adapters (less memory; raise actor_lr)
 gradient_checkpointing = False  # True: a third more time, far less memory
 device = "cuda" if torch.cuda.is_available() else "cpu"
 trust_remote_code = False       # True runs Python out of the model's folder: read it first
@@ -69,7 +69,7 @@ trust_remote_code = False       # True runs Python out of the model's folder: re
 prompts_file = "demo/prompts.txt"
 eval_prompts_file = "demo/eval_prompts.txt"  # held out; None: no evaluation
 apply_chat_template = True      # wrap what actor and reward model read in their own templates
-max_length = 32                 # prompt tokens; longer prompts lose their beginning, and it is said
+max_length = 32                 # prompt tokens; longer prompts lose their beginning (you are told)
 
 # Rollout: rollout_batch_size * n_samples_per_prompt rows. More rows, less noise, slower.
 episodes = 6                    # passes over the prompts
@@ -78,7 +78,7 @@ n_samples_per_prompt = 2        # responses to each: more tell luck from skill
 micro_rollout_batch_size = 128  # rows per `generate`: as many as fit
 max_new_tokens = 24
 temperature = 1.0               # of sampling and of scoring alike (Trap 8)
-missing_eos_penalty = 1.0       # off the score of a response that did not end; None: nothing
+missing_eos_penalty = 1.0       # taken off the score of a response that did not end; None: 0
 truncated = "terminal"          # a cut response earns its score as it stands; "bootstrap": V(s_T)
 
 # Learning
@@ -90,7 +90,7 @@ critic_lr = 1e-3                # 5e-6 to 1e-5 for real models
 lr_schedule = "linear"          # down to 0; or "cosine", "constant"; each after the warm-up
 warmup_steps = 0                # optimizer steps in which the rates rise from 0
 weight_decay = 0.0
-max_grad_norm = 1.0             # of each trained model (Trap 27)
+max_grad_norm = 1.0             # each trained model's gradient is clipped to this norm (Trap 27)
 critic_warmup = 1               # first rollouts in which only the critic learns
 
 # Losses
@@ -102,17 +102,17 @@ value_clip_eps = None           # keeps V near the rollout's V; None: free
 huber_delta = None              # errors of V beyond it count linearly; None: squared
 loss_agg = "token-mean"         # or "seq-mean-token-mean", "seq-mean-token-sum" (Trap 18)
 entropy_coef = 0.0              # above 0 rewards randomness, and costs a softmax
-target_kl = None                # nats a token, KL(old, new): ends a rollout's epochs; PPO1's goal
+target_kl = None                # KL(old, new), nats a token: above it epochs end; PPO1 aims at it
 gamma = 1.0                     # below 1 the first tokens do not see the score (Trap 4)
 lambd = 0.95                    # GAE: 1 trusts the rewards (noise), 0 trusts the critic (bias)
-whiten_advantages = True        # over the rollout: entropy_coef means the same at any scale
+whiten_advantages = True        # over the rollout, so that entropy_coef means the same at any scale
 
 # KL and reward
 kl_coef = 0.05                  # price of a nat of distance from the reference
 kl_coef_start = None            # a higher one at the start, annealed in the first half of the run
 kl_in = "reward"                # Eq. 8 with k1; "loss": k2 in the policy's loss
 kl_target = None                # nats per response that an adaptive kl_coef aims at; None: fixed
-kl_horizon = 10000              # rows over which it adapts
+kl_horizon = 10000              # rows over which kl_coef adapts
 clip_reward = 10.0              # scores are cut at +- this: keep it wide (Trap 6); None: never
 normalize_scores = False        # by mean and standard deviation of all scores so far
 whiten_rewards = False          # token rewards to variance 1, mean kept
@@ -124,7 +124,7 @@ eval_every = 10                 # rollouts; 0: before and after only
 save_every = 20                 # rollouts; 0: no checkpoint
 keep_checkpoints = 2
 resume = None                   # "latest", or the path of a checkpoint
-self_check = "stop"             # before the first rollout; "warn": go on all the same; "off"
+self_check = "stop"             # checks before rollout 1; "warn": a failed one stops nothing; "off"
 trace_every = 20                # rollouts between two responses shown token by token; 0: none
 
 class InputError(ValueError):
@@ -165,8 +165,8 @@ class PromptDataset(torch.utils.data.Dataset):
 # How the tensors lie. One row with P = 4 (one pad) and T = 4, ended after three tokens:
 #
 #     column          0    1    2    3  |  4    5    6    7       column P + t holds a_t
-#     seqs           pad   q0   q1   q2 |  a0   a1  eos  pad      the end token is an action, earns
-#     attention_mask  0    1    1    1  |  1    1    1    0       the score, has a gradient: by that
+#     seqs           pad   q0   q1   q2 |  a0   a1  eos  pad      the end token is an action: it has
+#     attention_mask  0    1    1    1  |  1    1    1    0       the score and a gradient, by which
 #     action_mask                       |  1    1    1    0       stopping is learnt (Traps 1, 2)
 #     position_ids    0    0    1    2  |  3    4    5    5
 #     predicts                       a0 |  a1  eos                log pi(a_t) and V(s_t) are read
@@ -181,18 +181,18 @@ def get_position_ids(attention_mask):
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 def autocast(model):
-    """bf16 for the products on a GPU, over weights that stay fp32: in bf16 Adam's small steps would
-    be rounded away (Trap 17)."""
+    """bf16 for the matrix products on a GPU. Weights stay fp32: in bf16 Adam's small steps would be
+    rounded away (Trap 17)."""
     kind = next(model.parameters()).device.type
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda")
 
 def compute_log_probs(model, seqs, attention_mask, num_actions, temperature=1.0,
                       with_entropy=False):
-    """Eq. 3: log pi(a_t given s_t) = z[a_t] - logsumexp(z), z the logits left of a_t / temperature.
+    """Eq. 3: log pi(a_t given s_t) = z[a_t] - logsumexp(z), z = (logits left of a_t) / temperature.
 
-    (B, L) -> (B, T), T = num_actions; with_entropy: and the entropy of pi(. given s_t), (B, T).
-    Logits are made for the response alone, and a_t's log-prob is all that stays of them: at a
-    vocabulary of 152k they are most of the memory (Trap 29). They come from the model's own
+    (B, L) -> (B, T), T = num_actions; with_entropy: also the entropy of pi(. given s_t), (B, T).
+    Logits are computed only where a response token is predicted, and only its log-prob is kept: at
+    a vocabulary of 152k they are most of the memory (Trap 29). They come from the model's own
     forward: some models scale or cap them after the lm_head (Granite, Cohere, Gemma 2)."""
     with autocast(model):  # the last token predicts nothing that is needed
         logits = model(input_ids=seqs[:, :-1], attention_mask=attention_mask[:, :-1],
@@ -254,21 +254,21 @@ def compute_policy_loss(log_probs, old_log_probs, advantages, action_mask=None, 
     clip to [1 - clip_eps, 1 + clip_eps_high]; where A < 0, at most -dual_clip A.
 
     (B, T) each -> scalar. clip_eps None: no clipping (PPO1). loss_agg: "token-mean",
-    "seq-mean-token-mean", "seq-mean-token-sum". denominator divides the sum; None: the tokens here
-    (the rows, for the last two); for a micro-batch give those of the whole step. ValueError:
-    another loss_agg.
+    "seq-mean-token-mean", "seq-mean-token-sum". denominator: the sum is divided by it; None: by
+    the tokens of this call (for the last two, its rows). For a micro-batch, give the count of the
+    whole step. ValueError: another loss_agg.
     Schulman et al. 2017 (arXiv 1707.06347), Eq. 6-7; dual clip: Ye et al. 2020 (1912.09729)."""
     mask = (torch.ones_like(log_probs) if action_mask is None else action_mask).bool()
-    # Masked before exp: garbage on padding would become inf, and inf * 0 is NaN (Trap 22). In the
-    # backward too, hence the clamp: e^20 is far beyond every clip, e^89 is inf in fp32.
+    # Masked before exp: garbage on padding would become inf, and inf * 0 is NaN (Trap 22). Clamped
+    # for the backward of a huge ratio: e^89 is inf in fp32; e^20 is far beyond every clip.
     log_ratio = (log_probs - old_log_probs).masked_fill(~mask, 0.0).clamp(max=20.0)
     advantages = advantages.masked_fill(~mask, 0.0)
     ratio = log_ratio.exp()
     losses = -ratio * advantages
     if clip_eps is not None:
         high = clip_eps if clip_eps_high is None else clip_eps_high
-        # The worse of two: the clamp alone has no gradient where a bad token became likelier, or a
-        # good one less likely (Trap 21).
+        # The larger loss of two: the clamp alone has no gradient where a bad token became likelier,
+        # or a good one less likely (Trap 21).
         losses = torch.max(losses, -ratio.clamp(1 - clip_eps, 1 + high) * advantages)
     if dual_clip is not None:
         bounded = torch.min(losses, -dual_clip * advantages)
@@ -284,7 +284,7 @@ def compute_value_loss(values, old_values, returns, action_mask=None, clip_eps=N
                        huber_delta=None, loss_agg="token-mean", denominator=None):
     """Eq. 6: e = V - return; loss = e^2 / 2, beyond |e| = d = huber_delta: d (|e| - d / 2).
 
-    (B, T) each -> scalar. clip_eps: the larger of this and the loss of V kept within clip_eps of
+    (B, T) each -> scalar. clip_eps: the larger of this loss and that of V kept within clip_eps of
     old_values. No further half, no coefficient: the critic has its own optimizer. loss_agg,
     denominator, ValueError: as in compute_policy_loss. Huber 1964; the clip is not Schulman's, it
     comes from OpenAI's baselines (ppo2): Engstrom et al. 2020 (arXiv 2005.12729)."""
@@ -331,13 +331,13 @@ def compute_rewards(kl, scores, action_mask, kl_coef, clip_reward=None):
     """Eq. 8: r_t = -kl_coef kl_t; the last real token gets the score too, clamped to +-clip_reward.
 
     kl (B, T), scores (B,), action_mask (B, T) -> (B, T), 0 where the mask is 0. kl is k1: as a
-    reward its gradient is that of -KL, that of k3 can have the wrong sign (Trap 24). Ziegler et al.
+    reward its gradient is that of -KL; k3's can have the wrong sign (Trap 24). Ziegler et al.
     2019 (arXiv 1909.08593), Eq. 2."""
     mask = action_mask.bool()
     rewards = -kl_coef * kl.masked_fill(~mask, 0.0)
     if clip_reward is not None:  # wide: within +-0.2 all good answers are equal (Trap 6)
         scores = scores.clamp(-clip_reward, clip_reward)
-    # Of each row its own last token: in the last column a short row has padding (Traps 1, 23).
+    # Each row's own last token, not the last column: there a short row has padding (Traps 1, 23).
     is_last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
     return rewards + scores.to(rewards.dtype).reshape(len(mask), 1).where(is_last, 0.0)
 
@@ -347,7 +347,7 @@ def get_advantages_and_returns(values, rewards, action_mask, gamma, lambd, last_
     Eq. 10, 11: A_t = delta_t + gamma lambd A_{t+1}; return_t = A_t + V(s_t).
 
     (B, T) each -> (advantages, returns), (B, T), detached, 0 where the mask is 0 (None: all real).
-    After the last real token of a row V is last_values (B,): by default 0, the response has ended.
+    After a row's last real token V is last_values (B,); by default 0, for the response has ended.
     dones (B, T): episodes inside a row, as in a simulator; nothing flows back across one.
     Schulman et al. 2016 (arXiv 1506.02438), section 3."""
     mask = (torch.ones_like(values) if action_mask is None else action_mask).bool()
@@ -360,7 +360,7 @@ def get_advantages_and_returns(values, rewards, action_mask, gamma, lambd, last_
         nextvalues = nextvalues.masked_fill(dones[:, t], 0.0)
         lastgaelam = lastgaelam.masked_fill(dones[:, t], 0.0)
         delta = rewards[:, t] + gamma * nextvalues - values[:, t]
-        # Padding passes on what stands behind it, so a row ends at its own last token.
+        # Padding hands on what comes from its right: each row starts at its own last token.
         lastgaelam = torch.where(mask[:, t], delta + gamma * lambd * lastgaelam, lastgaelam)
         nextvalues = torch.where(mask[:, t], values[:, t], nextvalues)
         advantages_reversed.append(lastgaelam)
@@ -370,8 +370,8 @@ def get_advantages_and_returns(values, rewards, action_mask, gamma, lambd, last_
 def whiten(values, mask, shift_mean=True):
     """Variance 1 (unbiased) and mean 0 (shift_mean=False: the mean it had) over the entries where
     the mask is 1; the others become 0. Any shape -> the same; finite also for equal entries or a
-    single one. For a whole rollout: by micro-batches it would change what is learnt. Ziegler et al.
-    2019, in their code."""
+    single one. Whiten a whole rollout: by micro-batches it would change what is learnt. Ziegler et
+    al. 2019, in their code."""
     mask = mask.bool()
     count = mask.sum()
     mean = values.masked_fill(~mask, 0.0).sum() / count.clamp(min=1)
@@ -382,11 +382,11 @@ def whiten(values, mask, shift_mean=True):
 
 def anneal_kl_coef(fraction, kl_coef, kl_coef_start):
     """kl_coef at a fraction 0 .. 1 of the run: geometric from kl_coef_start to kl_coef in the first
-    half. A strong anchor at first keeps responses alive that turn out good later."""
+    half. A strong anchor at first keeps alive responses that turn out to be good later."""
     return kl_coef_start * (kl_coef / kl_coef_start) ** min(1.0, 2 * fraction)
 
 def adapt_kl_coef(kl_coef, kl, kl_target, rows, kl_horizon):
-    """Larger where kl, nats per response, is above its target. Ziegler et al. 2019, section 2.2."""
+    """Raised if kl, nats per response, is above kl_target. Ziegler et al. 2019, section 2.2."""
     error = min(max(kl / kl_target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * min(rows / kl_horizon, 1))
 
@@ -410,7 +410,7 @@ class Samples:
 
 @dataclass
 class Experience:
-    """In the buffer one row, without B and without padding; from collate_fn a padded batch."""
+    """In the buffer one row, without B and padding; as it comes from collate_fn a padded batch."""
     seqs: torch.Tensor                         # (B, L)
     attention_mask: torch.Tensor               # (B, L)
     action_mask: torch.Tensor                  # (B, T)
@@ -426,8 +426,8 @@ class Experience:
     returns: torch.Tensor = None               # (B, T) return_t
 
 def collate_fn(rows):
-    """Rows -> one Experience, prompts padded on the left, responses on the right, with zeros, in
-    the masks too: what lies where a mask is 0 counts nowhere."""
+    """Rows -> one Experience, padded with zeros: prompts on the left, responses on the right. Masks
+    are padded with zeros too, and where a mask is 0 nothing counts."""
     T = max(len(row.action_mask) for row in rows)
     P = max(len(row.seqs) - len(row.action_mask) for row in rows)
 
@@ -447,8 +447,8 @@ def collate_fn(rows):
     return Experience(**{f.name: pad(f.name) for f in fields(Experience)})
 
 def split_by_length(rows, size):
-    """Lists of `size` rows of like length, so that little of a micro-batch is padding. The longest
-    first: what does not fit into memory fails at once."""
+    """Lists of `size` rows of similar length, so that little of a micro-batch is padding. The
+    longest come first: what does not fit into memory fails at once."""
     rows = sorted(rows, key=lambda row: -len(row.seqs))
     return [rows[i:i + size] for i in range(0, len(rows), size)]
 
@@ -485,8 +485,8 @@ def get_action_mask(responses, end_tokens):
 @contextlib.contextmanager
 def plain_sampling(model, end_tokens, pad_token_id, temperature, max_new_tokens):
     """Inside, `generate` samples from softmax(logits / temperature) and nothing else. The model's
-    own config is replaced, for `generate` takes from it what a passed one leaves open; and top_k=0
-    is said, for unsaid it is 50. Otherwise KL to the reference turns negative (Trap 8)."""
+    own config is replaced, for `generate` takes from it what a config passed in leaves open. top_k
+    is set to 0, for unset it is 50. Otherwise KL to the reference turns negative (Trap 8)."""
     own, model.generation_config = model.generation_config, transformers.GenerationConfig(
         do_sample=True, temperature=float(temperature), top_k=0, top_p=1.0, repetition_penalty=1.0,
         max_new_tokens=max_new_tokens, eos_token_id=end_tokens, pad_token_id=pad_token_id)
@@ -506,8 +506,8 @@ def generate_samples(prompts, model, actor_tokenizer, max_length, max_new_tokens
     if isinstance(prompts, (str, dict)) or not all(isinstance(i["text"], str) for i in items):
         raise TypeError("prompts: give a list of texts, or items of a PromptDataset")
     items = [item for item in items for _ in range(n_samples_per_prompt)]
-    # Padded on the left: every response starts in one column. Cut there too: the question stands on
-    # the right (Trap 12).
+    # Padded on the left, so that all responses start in the same column. Cut on the left as well:
+    # the question stands on the right (Trap 12).
     actor_tokenizer.padding_side = actor_tokenizer.truncation_side = "left"
     end_tokens, samples_list = get_end_tokens(model, actor_tokenizer), []
     for start in range(0, len(items), micro_rollout_batch_size):
@@ -516,7 +516,7 @@ def generate_samples(prompts, model, actor_tokenizer, max_length, max_new_tokens
             [item["text"] for item in part], add_special_tokens=add_special_tokens, padding=True,
             truncation=True, max_length=max_length, return_tensors="pt").to(model.device)
         prompt_ids, prompt_mask = inputs["input_ids"], inputs["attention_mask"]  # (B, P)
-        # Whole layers (section 13), bf16 (2), one random number a token (15).
+        # undivided: whole layers (section 13); inverse_cdf: one random number a token (15).
         with undivided(model), autocast(model), inverse_cdf(), plain_sampling(
                 model, end_tokens, actor_tokenizer.pad_token_id, temperature, max_new_tokens):
             seqs = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask)
@@ -525,7 +525,7 @@ def generate_samples(prompts, model, actor_tokenizer, max_length, max_new_tokens
         num_actions, lengths = action_mask.shape[1], action_mask.sum(-1)
         actions = [row[:n] for row, n in zip(seqs[:, -num_actions:], lengths)]
         ended = torch.tensor([row[-1].item() in end_tokens for row in actions])
-        # After text, read with its last token: alone, a Llama's first word loses its space.
+        # After plain text, decode its last token too: alone, a Llama's first word loses its space.
         before = prompt_ids[:, -1:] if add_special_tokens else prompt_ids[:, :0]
         alone, whole = (actor_tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (
             before, [torch.cat(pair) for pair in zip(before, actions)]))
@@ -542,7 +542,7 @@ def compute_scores(prompts, responses, reward_model, reward_tokenizer=None,
     if not isinstance(reward_model, nn.Module):
         return check_scores(reward_model(prompts, responses, **(columns or {})), responses)
     reward_tokenizer.padding_side, reward_tokenizer.truncation_side = "right", "left"
-    # By this token it finds the last one of a row; a config without it, or with another, is common.
+    # The model finds a row's last token by this one; configs often lack it, or name another.
     reward_model.config.get_text_config().pad_token_id = reward_tokenizer.pad_token_id
     limit = getattr(reward_model.config, "max_position_embeddings", None) or sys.maxsize
     limit = min(limit, reward_tokenizer.model_max_length)
@@ -577,13 +577,13 @@ def generate_experiences(samples_list, actor_model, critic_model, reward_model, 
                          score_moments=None, missing_eos_penalty=None, truncated="terminal",
                          whiten_rewards=False, whiten_advantages=True, gamma=1.0, lambd=0.95):
     """Samples -> complete rows: what four models say (Eq. 3, 7), rewards (Eq. 8), advantages and
-    returns (Eq. 9-11). score_moments: [count, mean, squares about it] of all scores so far; if
-    given, it is updated with the new scores, and these are normalised by it."""
+    returns (Eq. 9-11). score_moments: [count, mean, squares about it] of all scores so far;
+    if given, it is updated with the new scores, which are then normalised by it."""
     rows, bootstrap = to_rows(samples_list), truncated == "bootstrap"
     for part in split_by_length(rows, micro_train_batch_size):
         batch = collate_fn(part)
         inputs, num_actions = (batch.seqs, batch.attention_mask), batch.action_mask.shape[1]
-        # Not from `generate`: only the forward of train_step makes the first ratio 1 (Trap 20).
+        # Not from `generate`: only with train_step's own forward is the first ratio 1 (Trap 20).
         action_log_probs = compute_log_probs(actor_model, *inputs, num_actions, temperature)
         ref_action_log_probs = compute_log_probs(ref_model, *inputs, num_actions, temperature)
         value = critic_model(*inputs, num_actions, with_last=bootstrap)
@@ -637,8 +637,8 @@ def compute_penalty(action_log_probs, batch, entropy, ppo1_beta, kl_loss_coef, e
     kl = compute_approx_kl(old_action_log_probs, action_log_probs, mask, "k3")
     penalty = ppo1_beta * kl
     if kl_loss_coef:
-        # k2's gradient is k1 grad log pi: that of the token's own KL (not of the tokens' after it)
-        # if the policy of now drew the token. The old one did: hence the ratio.
+        # k2's gradient is k1 grad log pi: that of this token's own KL (not of the tokens' after it)
+        # if the current policy drew the token. The old policy drew it: hence the ratio.
         ratio = (action_log_probs - old_action_log_probs).masked_fill(mask == 0, 0.0).detach().exp()
         k2 = compute_approx_kl(action_log_probs, batch.ref_action_log_probs, mask, "k2")
         penalty = penalty + kl_loss_coef * ratio * k2
@@ -654,7 +654,7 @@ def train_step(experience, actor_model, critic_model, actor_optimizer, critic_op
     gradient is not finite; no weight has moved then."""
     share, metrics = my_share(experience), defaultdict(float)  # one process: all its rows
     # One denominator for the whole step: a mean of micro-batch means would weigh the tokens of a
-    # short micro-batch more (Trap 19). A process has its part: gradients are averaged over them.
+    # short micro-batch more (Trap 19). Each process has its part: gradients are then averaged.
     tokens = sum(len(row.action_mask) for row in experience)
     whole = tokens if loss_agg == "token-mean" else len(experience)
     agg = dict(loss_agg=loss_agg, denominator=whole * len(share) / len(experience))
@@ -674,7 +674,7 @@ def train_step(experience, actor_model, critic_model, actor_optimizer, critic_op
                     clip_eps, clip_eps_high, dual_clip, **agg)
                 penalty = compute_penalty(action_log_probs, batch, entropy, ppo1_beta,
                                           kl_loss_coef, entropy_coef)
-                # Averaged as the policy loss is: at ratio 1 that is the mean of -A, here -penalty.
+                # Averaged as the policy loss is: at ratio 1 that is the mean of -A; A is -penalty.
                 here = action_log_probs.detach()
                 penalty = compute_policy_loss(here, here, -penalty, action_mask, None, **agg)
                 (policy_loss + penalty).backward()
@@ -736,7 +736,7 @@ def train(prompts_dataset, eval_dataset, actor_model, critic_model, reward_model
                 samples_list, *models, **scoring, kl_coef=state.kl_coef, kl_in=kl_in, gamma=gamma,
                 score_moments=state.score_moments if normalize_scores else None, lambd=lambd,
                 whiten_rewards=whiten_rewards, whiten_advantages=whiten_advantages))
-            run.metrics |= get_rollout_metrics(buffer.rows)  # gold_fn may fail: nothing has moved
+            run.metrics |= get_rollout_metrics(buffer.rows)  # gold_fn may fail: no weight has moved
         with run.phase("train"):
             for experience in run.epochs(buffer):  # max_epochs times all minibatches
                 metrics = train_step(
@@ -748,7 +748,7 @@ def train(prompts_dataset, eval_dataset, actor_model, critic_model, reward_model
                     update_actor=state.rollout >= critic_warmup)
                 run.steps.append(metrics)
                 if policy_loss == "clip" and metrics.get("approx_kl", 0) > (target_kl or math.inf):
-                    break  # the rollout has become too old for its policy
+                    break  # the policy has moved too far from this rollout
         if kl_target is not None and state.rollout >= critic_warmup:
             kl, rows = sum(row.kl.sum().item() for row in buffer.rows), len(buffer.rows)
             state.kl_coef = adapt_kl_coef(state.kl_coef, kl / rows, kl_target, rows, kl_horizon)
