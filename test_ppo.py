@@ -1844,7 +1844,7 @@ run_name=".."; resume="nowhere"; device="tpu9"; prompts_file=None; eval_prompts_
 apply_chat_template="no"; trust_remote_code="no"; gradient_checkpointing=None
 whiten_advantages="no"; normalize_scores=None; whiten_rewards=0.5; run_name=2024; seed=2**32
 reward_fn=torch.nn.Identity(); gold_fn=torch.nn.Identity(); kl_target=6.0, kl_coef=0
-critic_name="a", lora_rank=2
+critic_name="a", lora_rank=2; kl_coef=math.inf
 run_name="t", actor_name="runs/t/final"; run_name="t", critic_name="runs/../runs/t/best"
 """.strip().replace("\n", "; ").split("; ")
 
@@ -3067,8 +3067,10 @@ def test_a_run_that_is_stopped_before_an_evaluation_makes_it(main, monkeypatch):
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *_, **__: writer)
     monkeypatch.setattr(ppo, "train_step", lambda *args, **options: [
         train_step(*args, **options), strikes and os.kill(os.getpid(), strikes.pop())][0])
+    save_model = recording(monkeypatch, "save_model")
     with pytest.raises(ppo.Stopped):
         main("no_chat", eval_prompts_file=["a"], episodes=3, eval_every=1)
+    assert [args[3].split(os.sep)[2] for args, _, _ in save_model] == ["best.tmp", "checkpoints"]
     assert len(writer.scalars["eval/score_mean"]) == 2
     assert os.listdir("runs/t/checkpoints") == ["rollout-000001"]
 
@@ -3923,6 +3925,23 @@ def test_best_is_by_the_measure_of_now(whole, tmp_path):
     assert code == 0 and best.read_bytes() != before, log
 
 
+def test_the_best_so_far_counts_only_by_the_same_measure(finished, monkeypatch):
+    load_checkpoint, best = ppo.load_checkpoint, {}
+
+    def load(path, run):
+        for name, value in dict(actor_lr=0.5, kl_coef=0.7, reward_name="b", reward_fn=some_score,
+                                eval_prompts_file="c.txt").items():
+            with monkeypatch.context() as patch:
+                patch.setattr(ppo, name, value)
+                load_checkpoint(path, run)
+            best[name] = run.state.best > -math.inf
+        raise ppo.InputError("enough")
+
+    monkeypatch.setattr(ppo, "load_checkpoint", load)
+    expect_refusal("enough")
+    assert [name for name in best if best[name]] == ["actor_lr"] and len(best) == 5
+
+
 def test_a_disk_without_locks_is_no_end(whole, tmp_path):
     def hook():
         def flock(*_):
@@ -4501,6 +4520,17 @@ def test_adapters_resume_to_the_bit(place, capsys):
     assert "resumed from" in capsys.readouterr().out
     for name, old in first.items():
         assert open(f"runs/r/final/{name}", "rb").read() == old
+
+
+def test_adapters_begin_as_the_seed_says(place, monkeypatch):
+    begun = []
+    monkeypatch.setattr(ppo, "show_bill", int)
+    monkeypatch.setattr(ppo, "train", lambda *args: begun.append(weights(args[2])) or 1 / 0)
+    for seed in 1, 1, 2:
+        place(lora_rank=4, seed=seed)
+        with contextlib.suppress(ZeroDivisionError):
+            ppo.main()
+    assert torch.equal(begun[0], begun[1]) and not torch.equal(begun[0], begun[2])
 
 
 def test_adapters_need_peft_and_one_process(place, monkeypatch):
