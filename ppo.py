@@ -1078,7 +1078,7 @@ class Run:
             say(f"  ! warmup_steps = {warmup_steps}: all are critic_warmup's, the actor has none")
         if self.rollouts * steps <= warmup_steps:
             say(f"  ! warmup_steps = {warmup_steps} of {self.rollouts * steps}: rates only rise")
-        self.state = State(kl_coef=kl_coef_start or kl_coef)
+        self.state = State(kl_coef=kl_coef)
         self.steps, self.metrics, self.strikes = [], {}, defaultdict(int)
         self.now, self.stopping, self.after = None, False, []
         self.signals = contextlib.ExitStack()  # closed, it puts the handlers of before back

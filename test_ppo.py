@@ -2047,7 +2047,7 @@ def test_a_reward_model_of_fewer_positions_is_no_body_for_the_critic(main, tmp_p
     """make_critic takes the reward model's body where it fits: it has to be long enough too."""
     reward_model = make_reward_model("gpt2", vocab_size=261, max_position_embeddings=8)
     save(tmp_path / "r", reward_model, byte_tokenizer())
-    _, _, rows = main("short", reward=tmp_path / "r", max_length=20)
+    _, _, rows = main("short", reward=tmp_path / "r", max_length=26)  # 32 with the response
     assert max(len(row.seqs) for row in rows) > 8
 
 
@@ -3199,6 +3199,20 @@ def test_signals_are_again_what_they_were_when_a_run_has_ended(go, reward):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_the_last_kl_is_a_mean_over_the_tokens_of_the_last_epoch(setting):
+    run = ppo.Run.__new__(ppo.Run)
+    setting(max_epochs=2)
+    run.steps = [dict(approx_kl=kl, tokens=n) for kl, n in ((9, 1), (9, 9), (3, 1), (5, 3))]
+    assert run.last_kl() == (3 * 1 + 5 * 3) / 4
+
+
+@pytest.mark.usefixtures("small")
+def test_a_run_may_have_a_thread_of_its_own(go):
+    """It gets no signals there, and needs none."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert len(pool.submit(go).result().rollouts) == 4
+
+
 @pytest.mark.usefixtures("small")
 def test_a_folder_is_ours_by_its_place_and_not_by_how_its_name_begins():
     for name in ("t/a", "t2/a"):
@@ -3212,7 +3226,17 @@ def test_a_folder_is_ours_by_its_place_and_not_by_how_its_name_begins():
 def test_of_a_message_only_role_and_content_are_used():
     """Others are common, and may be no texts."""
     turn = {"role": "user", "content": "a", "id": 5, "name": "<|im_end|>", "tool_calls": None}
-    assert ppo.to_messages([turn], byte_tokenizer()) == [{"role": "user", "content": "a"}]
+    tokenizer = byte_tokenizer()
+    assert ppo.to_messages([turn], tokenizer) == [{"role": "user", "content": "a"}]
+
+
+def test_added_tokens_are_broken_if_they_are_special_also_such_as_are_added_later():
+    tokenizer, seen = byte_tokenizer(), []
+    for add in (lambda: 0, lambda: tokenizer.add_tokens(["<think>"]),
+                lambda: tokenizer.add_tokens(["<turn>"], special_tokens=True)):
+        add()
+        seen.append(ppo.to_messages("<think><turn>", tokenizer)[0]["content"])
+    assert seen == ["<think><turn>", "<think><turn>", "<think>< turn>"]
 
 
 def test_without_a_template_a_reward_model_reads_a_prompt_as_it_stands_but_no_response():
@@ -4689,6 +4713,24 @@ def read_trace(text):
     names = lines[4].split()[1:]
     cells = [[float(x) for x in re.findall(r"\S+", line[9:97])] for line in lines[5:]]
     return head, dict(zip(names, zip(*cells))), [line[97:].strip() for line in lines[5:]]
+
+
+def test_a_mark_of_the_trace_stands_where_the_loss_has_no_gradient(setting):
+    setting(clip_eps=0.2, clip_eps_high=0.5, dual_clip=3.0, policy_loss="clip", temperature=1.0)
+    row, = experience([[A, B, C, A, B, C, A, EOS]])
+    ratio = torch.tensor([1.3, 1.6, 1.6, 0.7, 0.7, 4.0, 4.0, 0.9])
+    row.advantages = torch.tensor([1.0, 1, -1, -1, 1, -1, 1, -1])
+    new, row.old_action_log_probs = row.old_action_log_probs, row.old_action_log_probs - ratio.log()
+    lines = ppo.trace([row], tiny(), make_tokenizer(), 0.1).split("\n")[5:]
+    assert [line[97:] for line in lines] == ["", " ^", "", " v", "", " d", " ^", ""]
+    slope = gradient(ppo.compute_policy_loss, new[None], row.old_action_log_probs[None],
+                     row.advantages[None], None, 0.2, 0.5, 3.0)[0]
+    assert [line[97:] != "" for line in lines] == (slope == 0).tolist()
+    setting(policy_loss="ppo1", dual_clip=None)
+    row.kl = torch.tensor([0.0, 1, 2, -5, 4, 0, 0, 0])
+    text = ppo.trace([row, *experience([[A, EOS]])], tiny(), make_tokenizer(), 0.1)
+    assert "max |KL| 5.0000 at token 3;" in text
+    assert all(len(line) == 97 for line in text.split("\n")[5:])  # nothing is clipped
 
 
 @pytest.mark.parametrize("constants", [
