@@ -4716,19 +4716,21 @@ def read_trace(text):
 
 
 def test_a_mark_of_the_trace_stands_where_the_loss_has_no_gradient(setting):
-    setting(clip_eps=0.2, clip_eps_high=0.5, dual_clip=3.0, policy_loss="clip", temperature=1.0)
+    setting(clip_eps=0.2, clip_eps_high=0.5, dual_clip=1.25, policy_loss="clip", temperature=1.0)
     row, = experience([[A, B, C, A, B, C, A, EOS]])
     ratio = torch.tensor([1.3, 1.6, 1.6, 0.7, 0.7, 4.0, 4.0, 0.9])
     row.advantages = torch.tensor([1.0, 1, -1, -1, 1, -1, 1, -1])
     new, row.old_action_log_probs = row.old_action_log_probs, row.old_action_log_probs - ratio.log()
     lines = ppo.trace([row], tiny(), make_tokenizer(), 0.1).split("\n")[5:]
-    assert [line[97:] for line in lines] == ["", " ^", "", " v", "", " d", " ^", ""]
+    assert [line[97:] for line in lines] == ["", " ^", " d", " v", "", " d", " ^", ""]
     slope = gradient(ppo.compute_policy_loss, new[None], row.old_action_log_probs[None],
-                     row.advantages[None], None, 0.2, 0.5, 3.0)[0]
+                     row.advantages[None], None, 0.2, 0.5, 1.25)[0]
     assert [line[97:] != "" for line in lines] == (slope == 0).tolist()
     setting(policy_loss="ppo1", dual_clip=None)
     row.kl = torch.tensor([0.0, 1, 2, -5, 4, 0, 0, 0])
-    text = ppo.trace([row, *experience([[A, EOS]])], tiny(), make_tokenizer(), 0.1)
+    other, = experience([[A, EOS]])
+    other.kl = torch.tensor([4.5, 0.0])
+    text = ppo.trace([row, other], tiny(), make_tokenizer(), 0.1)
     assert "max |KL| 5.0000 at token 3;" in text
     assert all(len(line) == 97 for line in text.split("\n")[5:])  # nothing is clipped
 
