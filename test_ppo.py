@@ -1846,6 +1846,7 @@ whiten_advantages="no"; normalize_scores=None; whiten_rewards=0.5; run_name=2024
 reward_fn=torch.nn.Identity(); gold_fn=torch.nn.Identity(); kl_target=6.0, kl_coef=0
 critic_name="a", lora_rank=2; kl_coef=math.inf
 run_name="t", actor_name="runs/t/final"; run_name="t", critic_name="runs/../runs/t/best"
+run_name="t", reward_name="runs/t/final"
 """.strip().replace("\n", "; ").split("; ")
 
 
@@ -1884,6 +1885,36 @@ def test_a_wrong_constant_is_named_before_anything_is_loaded(wrong, setting, no_
     setting(actor_name=str(folders / "no_chat"), reward_fn=some_score)
     setting(**eval(f"dict({wrong})"))
     expect_refusal(rf"\b{wrong.split('=')[0]}\b")
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("rows, wrong", [(4, None), (3, "rollout_batch_size"), (6, "train_batch")])
+def test_what_does_not_divide_by_the_processes_is_named(rows, wrong, setting, monkeypatch):
+    monkeypatch.setattr(ppo, "world_size", lambda: 2)
+    setting(rollout_batch_size=rows, n_samples_per_prompt=2, reward_fn=some_score)
+    setting(train_batch_size=3 if rows == 6 else 2, micro_train_batch_size=1)
+    with pytest.raises(ppo.InputError, match=f"{wrong}.* 2 processes") if wrong else (
+            contextlib.nullcontext()):
+        ppo.check_constants()
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("own", [None, some_score])
+def test_the_demos_gold_takes_the_place_of_no_other(own, setting):
+    os.mkdir("demo")
+    setting(actor_name="demo/actor", gold_fn=own, reward_fn=some_score)
+    expect_refusal("actor_name")
+    assert ppo.gold_fn is (own or ppo.gold)
+
+
+@pytest.mark.parametrize("error", [FloatingPointError("a"), KeyboardInterrupt(), OSError("a")])
+def test_what_a_user_can_mend_or_has_done_ends_without_a_traceback(error, tmp_path):
+    def hook():
+        def fail():
+            raise error
+        ppo.check_constants = fail
+    code, log = run(tmp_path, {}, hook)
+    assert code == 1 and ("Traceback" in log) == isinstance(error, OSError), log
 
 
 def test_each_constant_has_one_rule():
@@ -3129,6 +3160,13 @@ def test_each_curve_of_a_step_is_what_its_name_says():
         if not value_clip:  # V is 0
             wanted["value_loss"] = sum(x * x / 2 for x in returns) / 12
         assert {name: got[name] for name in wanted} == pytest.approx(wanted, abs=1e-5)
+
+
+def test_the_curves_of_equal_returns_are_finite():
+    rows = experience([[A, EOS], [B, EOS]])
+    for row in rows:
+        row.returns = torch.ones(2)
+    assert all(map(math.isfinite, ppo.get_rollout_metrics(rows).values()))
 
 
 @pytest.mark.usefixtures("small")
