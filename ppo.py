@@ -37,11 +37,11 @@ import shutil
 import signal
 import sys
 import time
-import unittest.mock
 import warnings
 import weakref
 from collections import defaultdict
 from dataclasses import dataclass, field, fields, replace
+from unittest.mock import Mock, patch
 
 import numpy
 import safetensors.torch
@@ -1518,7 +1518,7 @@ def check_update(run, rows, rounding):
     actor, critic, reward, _ = run.models
     weights = [{p.data_ptr() or id(p): p for p in model.parameters()}  # 0: of a divided model
                for model in run.models if isinstance(model, nn.Module)]
-    norms, optimizer = [], unittest.mock.Mock()  # it clears no gradient and moves no weight
+    norms, optimizer = [], Mock()  # it clears no gradient and moves no weight
     for p in (weights[0] | weights[1]).values():
         p.grad = None  # of an earlier training
     for size in (1, len(rows)):
@@ -1694,21 +1694,15 @@ def trace(rows, actor_model, tokenizer, kl_coef):
 # `recomputing` and `untied` change no number, `inverse_cdf` only which numbers are drawn. The bill
 # runs the real functions on tensors without memory, so that it cannot forget one of them.
 
-@contextlib.contextmanager
 def recomputing(model):
     """Gradient checkpointing works inside only. In eval() it does nothing, so the layers that
     recompute are set to training, without what is in them: dropout stays off."""
-    layers = [m for m in model.modules()  # those of a model in train() stay as they are
-              if getattr(m, "gradient_checkpointing", False) and not m.training]
-    for layer in layers:
-        layer.training = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
+    stack = contextlib.ExitStack()
+    for layer in model.modules():
+        if getattr(layer, "gradient_checkpointing", False):
+            stack.enter_context(patch.object(layer, "training", True))
+    return stack
 
-@contextlib.contextmanager
 def inverse_cdf():
     """Inside, `generate` draws tokens with one random number a row: torch.multinomial draws one for
     each token of the vocabulary, at 152k a third of the time of sampling. In float64: in float32 a
@@ -1723,10 +1717,8 @@ def inverse_cdf():
         return torch.searchsorted(cdf, drawn * cdf[:, -1:], right=True)
 
     own = torch.multinomial
-    with unittest.mock.patch.object(torch, "multinomial", multinomial):
-        yield
+    return patch.object(torch, "multinomial", multinomial)
 
-@contextlib.contextmanager
 def untied(model):
     """Inside, an lm_head that is also the embedding is a parameter of its own on the same memory,
     and so is its gradient. Tied, autograd holds the gradients of both and their sum beside the one
@@ -1735,14 +1727,10 @@ def untied(model):
     tied = getattr(head, "weight", None)
     alone = tied is None or tied is not model.get_input_embeddings().weight or tied.grad is None
     if alone or hasattr(tied, "placements"):  # or a part of one (FSDP2)
-        yield
-        return
-    head.weight = nn.Parameter(tied.detach())
-    head.weight.grad = tied.grad
-    try:
-        yield
-    finally:
-        head.weight = tied
+        return contextlib.nullcontext()
+    own = nn.Parameter(tied.detach())
+    own.grad = tied.grad
+    return patch.object(head, "weight", own)
 
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):
     """Finds the `peak`: the most bytes that tensors made inside, and still alive, take together."""
@@ -1810,12 +1798,12 @@ def show_bill():
         return load(getattr(transformers, f"AutoModelFor{kind}").from_config, constant, name,
                     config, dtype=torch.float32).eval()
 
-    patch, mode = unittest.mock.patch.object, torch._subclasses.fake_tensor.FakeTensorMode()
+    mode = torch._subclasses.fake_tensor.FakeTensorMode()
     # Critic copies a body, peft moves an adapter: tensors without memory can do neither.
-    copies = patch(torch.Tensor, "__deepcopy__", lambda tensor, memo: (
+    copies = patch.object(torch.Tensor, "__deepcopy__", lambda tensor, memo: (
         tensor.detach().clone().requires_grad_(tensor.requires_grad)))
-    stay = patch(nn.Module, "to", lambda module, *_, **__: module)
-    blank = patch(transformers.PreTrainedModel, "initialize_weights", lambda model: None)
+    stay = patch.object(nn.Module, "to", lambda module, *_, **__: module)
+    blank = patch.object(transformers.PreTrainedModel, "initialize_weights", lambda model: None)
     say("  MiB     parameters    weights  gradients       Adam    at work")
     fixed = work = 0
     with mode, copies, stay, blank, torch.device(device):

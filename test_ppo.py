@@ -1218,7 +1218,8 @@ def test_trap_19_gradient_depends_on_the_micro_batch_size():
 
 @museum(("load_model", ".eval()", ".train()"),
         ("train_step", "with recomputing(actor_model),", "with recomputing(actor_model.train()),"),
-        ("recomputing", "layer.training = True", "layer.train()"),
+        ("recomputing", 'stack.enter_context(patch.object(layer, "training", True))',
+         "layer.train()"),
         ("generate_experiences", " = compute_log_probs(actor_model, *inputs, num_actions, temp"
          "erature)", " = compute_log_probs(actor_model, *inputs, num_actions)"))  # its raw logits
 def test_trap_20_ratio_is_not_1_on_the_first_step(tmp_path):
