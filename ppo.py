@@ -596,8 +596,7 @@ def generate_experiences(samples_list, actor_model, critic_model, reward_model, 
             goes_on = bootstrap and not row.info["ended"]
             row.last_values = value[i, n] if goes_on else torch.zeros_like(value[i, 0])
 
-    prompts, columns = get_columns([row.info["item"] for row in rows])
-    responses = [row.info["response"] for row in rows]
+    prompts, responses, columns = get_columns(rows)
     raw_scores = compute_scores(prompts, responses, reward_model, reward_tokenizer,
                                 apply_chat_template, micro_train_batch_size, columns)
     for row, raw_score in zip(rows, raw_scores):
@@ -800,23 +799,15 @@ def to_dataset(source, sampling):
         return source
     return PromptDataset(source, sampling["actor_tokenizer"], apply_chat_template, max_length)
 
-def get_columns(items):
-    """Items of a PromptDataset -> prompts, and the further columns of the user's. Copies: a
-    reward_fn that appends to its messages must not do so to those of the next sample."""
+def get_columns(rows):
+    """Rows -> prompts, responses, and the further columns of the user's. Copies: a reward_fn that
+    appends to its messages must not do so to those of the next sample."""
+    items = [row.info["item"] for row in rows]
     columns = {name: [copy.deepcopy(value) if isinstance(value, (list, dict)) else value
                       for value in (item.get(name) for item in items)]
                for name in set().union(*items)}
     prompts, _ = columns.pop("prompt"), columns.pop("text")
-    return prompts, columns
-
-def get_prompt_indices(rollout, num_prompts):
-    """The prompts of a rollout: each episode is an order of its own, and the last rollout of one is
-    filled from the next. A function of the rollout's number: no position has to be saved."""
-    start = rollout * rollout_batch_size
-    places = [divmod(k, num_prompts) for k in range(start, start + rollout_batch_size)]
-    orders = {episode: random.Random(f"{seed} {episode}").sample(range(num_prompts), num_prompts)
-              for episode in {episode for episode, _ in places}}
-    return [orders[episode][place] for episode, place in places]
+    return prompts, [row.info["response"] for row in rows], columns
 
 def get_lr_factor(step, total_steps):
     """What the rates are multiplied by. A function of the step's number: nothing is saved of it."""
@@ -842,19 +833,23 @@ def to_messages(prompt, tokenizer):
             message[key] = message[key].replace(token, token[0] + " " + token[1:])
     return messages
 
-def apply_template(messages, tokenizer, **options):
+@contextlib.contextmanager
+def refuse(sentence):
+    """Whatever a library raises inside, of many kinds, becomes an InputError: sentence, reason."""
     try:
+        yield
+    except Exception as error:
+        reason = show(" ".join(str(error).split()))[:200]
+        raise InputError(f"{sentence}: {reason}") from None
+
+def apply_template(messages, tokenizer, **options):
+    """Jinja: it may want other roles, or another order of them."""
+    with refuse(f"the chat template of {tokenizer.name_or_path} refuses {str(messages)[:200]}"):
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # Jinja's: it may want other roles, or another order of them
-        raise InputError(f"the chat template of {tokenizer.name_or_path} refuses "
-                         f"{str(messages)[:200]}: {show(str(error))}") from None
 
 def load(make, constant, name, source=None, **options):
-    try:
+    with refuse(f"{constant} = {name!r} cannot be loaded"):
         return make(source or name, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:  # of many kinds, and all of them mean this
-        reason = show(str(error).strip().split("\n")[0])
-        raise InputError(f"{constant} = {name!r} cannot be loaded: {reason}") from None
 
 def load_tokenizer(constant, name):
     tokenizer = load(transformers.AutoTokenizer.from_pretrained, constant, name)
@@ -880,8 +875,6 @@ def load_model(constant, name):
                              if "dropout" in key and isinstance(value, float)})
     return model.eval()  # dropout would move the ratio before any step (Trap 20)
 
-ENABLE = "activation_checkpointing_enable"  # gradient_checkpointing_enable in older transformers
-
 def make_models(load_model):
     """-> actor, critic, reward model, reference, each from load_model(constant, name): that of the
     bill loads without memory. InputError: one has too few positions, or knows too few tokens."""
@@ -903,7 +896,8 @@ def make_models(load_model):
         if gradient_checkpointing:  # `recomputing` switches it on where it is wanted
             if not model.supports_gradient_checkpointing:
                 raise InputError(f"gradient_checkpointing: {constant} has none, set it to False")
-            (getattr(model, ENABLE, None) or model.gradient_checkpointing_enable)()
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)()  # its name in older transformers
     return actor_model, critic_model, reward_model, ref_model
 
 def to_reward_inputs(prompt, response, tokenizer, apply_chat_template, max_length):
@@ -1012,10 +1006,13 @@ def add_value_metrics(metrics, value_loss, values, batch, value_clip_eps):
     metrics["value_clip_fraction"] += (moved > (value_clip_eps or math.inf)).sum().item()
 
 def finish_metrics(metrics):
-    """Sums -> means over the tokens of the step, of all processes."""
-    metrics = over_processes(metrics)
-    whole = ("policy_loss", "value_loss", "ratio_max", "tokens")
-    return {name: x if name in whole else x / metrics["tokens"] for name, x in metrics.items()}
+    """Sums -> means over the tokens of the step, of all processes; losses, which have the
+    denominator of a process' share -> their mean."""
+    parts = gather(metrics)
+    tokens = sum(part["tokens"] for part in parts)
+    joins = dict(ratio_max=max, tokens=sum, policy_loss=numpy.mean, value_loss=numpy.mean)
+    return {name: float(joins.get(name, lambda sums: sum(sums) / tokens)(
+        [part[name] for part in parts])) for name in metrics}
 
 def get_rollout_metrics(rows):
     """Rows -> means over all real tokens of a rollout, or over its responses."""
@@ -1034,8 +1031,7 @@ def get_rollout_metrics(rows):
         ended=sum(row.info["ended"] for row in rows) / n, explained_variance=1 - unexplained,
         entropy=-batch.old_action_log_probs[mask].mean())  # unbiased: this policy drew the sample
     if gold_fn is not None:
-        prompts, columns = get_columns([row.info["item"] for row in rows])
-        responses = [row.info["response"] for row in rows]
+        prompts, responses, columns = get_columns(rows)
         golds = check_scores(gold_fn(prompts, responses, **columns), responses, "gold_fn")
         metrics |= dict(gold=sum(golds) / n, gold_noise=4 * numpy.std(golds) / n ** 0.5)
     return {name: float(value) for name, value in metrics.items()}
@@ -1085,8 +1081,7 @@ class Run:
 
     def start(self):
         """Resumes, checks the models, looks at the held-out prompts -> the state."""
-        path = find_checkpoint()
-        if path:
+        if path := find_checkpoint():
             load_checkpoint(path, self)
         for other in list_checkpoints() if rank() == 0 else []:  # newer: another course
             if not path or other[-6:] >= path[-6:] and not os.path.samefile(other, path):
@@ -1116,8 +1111,14 @@ class Run:
         return self.state.rollout < self.rollouts
 
     def next_prompts(self):
-        indices = get_prompt_indices(self.state.rollout, len(self.prompts_dataset))
-        return [self.prompts_dataset[i] for i in indices]
+        """Each episode is an order of its own, and the last rollout of one is filled from the next.
+        A function of the rollout's number: no position has to be saved."""
+        prompts, queue = list(self.prompts_dataset), []
+        episode, place = divmod(self.state.rollout * rollout_batch_size, len(prompts))
+        while len(queue) < place + rollout_batch_size:
+            queue += random.Random(f"{seed} {episode}").sample(prompts, len(prompts))
+            episode += 1
+        return queue[place:place + rollout_batch_size]
 
     def epochs(self, buffer):
         """All minibatches of all epochs, the learning rates set for each."""
@@ -1205,13 +1206,11 @@ class Run:
                          metrics["kl_coef"] if kl_in == "reward" else 0.0)
             # Indented, so that Markdown leaves it as it is.
             self.plot("add_text", "trace", "    " + text.replace("\n", "\n    "), done)
-        self.steps, self.metrics = [], {}
+        self.steps, self.metrics, self.snapshot = [], {}, vars(state)  # until `goes_on` copies it
         if last or eval_every and done % eval_every == 0:
-            self.snapshot = copy.deepcopy(vars(state))
             with self.phase("evaluate"):
                 self.after = self.evaluate(self.models[0])
         if save_every and (last or done % save_every == 0):
-            self.snapshot = copy.deepcopy(vars(state))
             save_checkpoint(self)
 
     def plot(self, kind, *what):
@@ -1290,17 +1289,16 @@ def is_ours(path):
 def claim_run_folder(path):
     """A lock keeps out a second run of this name while this one lives: they would mix. What a kill
     left half written goes; the folder of an earlier run is put aside, but for one to resume."""
-    try:
+    with refuse(f"{run_folder()} cannot be written"):
         os.makedirs("runs", exist_ok=True)
         lock = claim_run_folder.lock = open(f"{run_folder()}.lock", "w")  # an earlier one closes
-    except OSError as error:
-        raise InputError(f"{run_folder()} cannot be written: {error}") from None
-    with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, some disks no locks
+    try:
         import fcntl
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another run writes to {run_folder()}: set run_name") from None
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another run writes to {run_folder()}: set run_name") from None
+    except (ImportError, OSError):  # Windows has no fcntl, some disks no locks
+        pass
     for half in glob.glob(run_folder() + "/**/*.tmp", recursive=True):
         shutil.rmtree(half, ignore_errors=True)
     if not is_ours(path) and os.path.exists(run_folder()):
@@ -1393,19 +1391,18 @@ def find_checkpoint():
         raise InputError(f"resume = {path!r} is no checkpoint: those are named rollout-000020")
     try:
         with open(f"{path}/manifest.json") as file:
-            hashes = json.load(file)
-        damaged = [name for name in hashes if flush(f"{path}/{name}") != hashes[name]]
+            for name, digest in json.load(file).items():
+                if flush(f"{path}/{name}") != digest:
+                    raise ValueError(f"{name} was altered")
     except Exception as error:
-        damaged = [error]
-    if damaged:
         good = [None, *(other for other in list_checkpoints() if other[-6:] < path[-6:])][-1]
-        raise InputError(f"checkpoint {path} is damaged ({damaged[0]}): set resume = {good!r}")
+        raise InputError(f"checkpoint {path} is damaged ({error}): set resume = {good!r}") from None
     return path
 
 def load_checkpoint(path, run):
     """Puts everything back: with half of Adam's state it would be another run (Trap 30).
     InputError: it is of other models, or a constant that cannot change was changed."""
-    try:
+    with refuse(f"resume: {path} cannot be put into this run"):
         rest = torch.load(f"{path}/rest.pt", map_location="cpu", weights_only=True)  # no pickle
         for name, old in rest["constants"].items():
             new = get_constants().get(name)
@@ -1425,9 +1422,6 @@ def load_checkpoint(path, run):
                 saved["state"][i] = {k: to_part(t, params[i]) for k, t in state.items()}
             saved["param_groups"] = optimizer.state_dict()["param_groups"]  # of now
             optimizer.load_state_dict(saved)
-    except Exception as error:
-        reason = show(" ".join(str(error).split())[:300])
-        raise InputError(f"resume: {path} cannot be put into this run: {reason}") from None
     run.state = State(**rest["state"])
     changed = {name for name, new in get_constants().items() if rest["constants"].get(name) != new}
     if kl_target is None or "kl_coef" in changed:  # else the adapted one goes on
@@ -1618,12 +1612,6 @@ def gather_rows(rows):
         return rows
     parts = gather([move(row, "cpu") for row in rows])
     return [move(row, rows[0].seqs.device) for part in parts for row in part]
-
-def over_processes(metrics):
-    """Sums and a maximum; of the losses, which have the denominator of a share, the mean."""
-    joins = dict(ratio_max=max, policy_loss=numpy.mean, value_loss=numpy.mean)
-    parts = gather(metrics)
-    return {name: float(joins.get(name, sum)([p[name] for p in parts])) for name in metrics}
 
 def clip_gradients(model, max_norm):
     """Scales gradients down to a norm of max_norm -> the norm before, that of all parts."""
@@ -1832,11 +1820,8 @@ def add_adapters(trunk):
     """Of one loaded model make actor, critic and reference. This is the trunk as it was; the other
     two are modules of their own around the trunk's weights, each with an adapter, the critic with a
     head: what they train, move and save is that alone. InputError: no peft."""
-    try:
+    with refuse(f"lora_rank = {lora_rank} needs peft: pip install peft, or set it to 0"):
         import peft
-    except ImportError:
-        raise InputError(f"lora_rank = {lora_rank} needs peft: pip install peft, or set it to 0"
-                         ) from None
     for p in trunk.parameters():
         p.__deepcopy__ = lambda memo, p=p: p  # copies of the modules share the weights
     actor_model, critic_model = copy.deepcopy(trunk), Critic(trunk.base_model).eval()
