@@ -917,13 +917,10 @@ def to_reward_inputs(prompt, response, tokenizer, apply_chat_template, max_lengt
 
 def check_scores(scores, responses, name="reward_fn"):
     """What a function of the user's returned -> list of floats, or InputError."""
-    try:
+    with refuse(f"{name} has to return {len(responses)} finite floats, one for each response"):
         floats = [float(score) for score in scores if not isinstance(score, str)]
-    except (TypeError, ValueError, OverflowError):
-        floats = []
-    if len(floats) != len(responses) or not all(map(math.isfinite, floats)):
-        raise InputError(f"{name} has to return {len(responses)} finite floats, one for each "
-                         f"response, and returned {show(str(scores))[:200]}")
+        if len(floats) != len(responses) or not all(map(math.isfinite, floats)):
+            raise ValueError(f"it returned {scores}")
     return floats
 
 def update_moments(moments, scores):
@@ -1389,14 +1386,13 @@ def find_checkpoint():
     path = os.path.normpath(path)
     if not re.fullmatch(r"rollout-\d{6}", os.path.basename(path)):
         raise InputError(f"resume = {path!r} is no checkpoint: those are named rollout-000020")
-    try:
+    good = [None, *(other for other in list_checkpoints() if other[-6:] < path[-6:])][-1]
+    with refuse(f"checkpoint {path} is damaged, set resume = {good!r}"):
         with open(f"{path}/manifest.json") as file:
-            for name, digest in json.load(file).items():
-                if flush(f"{path}/{name}") != digest:
-                    raise ValueError(f"{name} was altered")
-    except Exception as error:
-        good = [None, *(other for other in list_checkpoints() if other[-6:] < path[-6:])][-1]
-        raise InputError(f"checkpoint {path} is damaged ({error}): set resume = {good!r}") from None
+            hashes = json.load(file)
+        for name in hashes:
+            if flush(f"{path}/{name}") != hashes[name]:
+                raise ValueError(f"{name} was altered")
     return path
 
 def load_checkpoint(path, run):
@@ -1552,9 +1548,8 @@ def rank():
 def start_processes():
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         if device == "cuda":
-            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-                raise InputError("there are fewer GPUs than processes: lower --nproc_per_node")
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            with refuse("there are fewer GPUs than processes: lower --nproc_per_node"):
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store, number, count = next(dist.rendezvous("env://"))
         if os.environ["GROUP_WORLD_SIZE"] == "1":  # a restart would find addresses of before
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
