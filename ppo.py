@@ -37,10 +37,10 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 import weakref
 from collections import defaultdict
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from unittest.mock import Mock, patch
 
 import numpy
@@ -233,7 +233,7 @@ class Critic(nn.Module):
                 input_ids=seqs, attention_mask=attention_mask, use_cache=False,
                 position_ids=get_position_ids(attention_mask)).last_hidden_state
         hidden = hidden[:, -(num_actions + with_last):].to(self.value_head.weight.dtype)
-        return self.value_head(hidden).squeeze(-1)
+        return self.value_head(hidden).squeeze(-1).clone()  # no view, of which FSDP2 would warn
 
 def make_critic(actor_model, reward_model):
     """The critic starts from the reward model's body, which knows good from bad, where it reads the
@@ -839,12 +839,12 @@ def refuse(sentence):
     try:
         yield
     except Exception as error:
-        reason = show(" ".join(str(error).split()))[:200]
+        reason = show(" ".join(str(error).split()))[:300]
         raise InputError(f"{sentence}: {reason}") from None
 
 def apply_template(messages, tokenizer, **options):
     """Jinja: it may want other roles, or another order of them."""
-    with refuse(f"the chat template of {tokenizer.name_or_path} refuses {str(messages)[:200]}"):
+    with refuse(f"the chat template of {tokenizer.name_or_path} refuses {str(messages)[:100]}"):
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 def load(make, constant, name, source=None, **options):
@@ -1326,12 +1326,10 @@ def write_folder(path, write):
         shutil.rmtree(temporary, ignore_errors=True)
         os.makedirs(temporary)
         write(temporary)
-        hashes = {name: flush(f"{temporary}/{name}")
-                  for name in glob.glob("**", root_dir=temporary, recursive=True)
-                  if os.path.isfile(f"{temporary}/{name}")}
-        with open(f"{temporary}/manifest.json", "w") as file:
-            json.dump(hashes, file)
-        flush(file.name)
+        hashes = {str(file.relative_to(temporary)): flush(file)
+                  for file in Path(temporary).rglob("*") if file.is_file()}
+        Path(temporary, "manifest.json").write_text(json.dumps(hashes))
+        flush(f"{temporary}/manifest.json")
         if os.path.exists(path):
             shutil.rmtree(old, ignore_errors=True)
             os.rename(path, old)
@@ -1388,8 +1386,7 @@ def find_checkpoint():
         raise InputError(f"resume = {path!r} is no checkpoint: those are named rollout-000020")
     good = [None, *(other for other in list_checkpoints() if other[-6:] < path[-6:])][-1]
     with refuse(f"checkpoint {path} is damaged, set resume = {good!r}"):
-        with open(f"{path}/manifest.json") as file:
-            hashes = json.load(file)
+        hashes = json.loads(Path(path, "manifest.json").read_text())
         for name in hashes:
             if flush(f"{path}/{name}") != hashes[name]:
                 raise ValueError(f"{name} was altered")
@@ -1561,7 +1558,6 @@ def place(model):
     if world_size() == 1 or not isinstance(model, nn.Module):
         return model.to(device) if isinstance(model, nn.Module) else model
     from torch.distributed.fsdp import fully_shard  # here, for it takes two seconds
-    warnings.filterwarnings("ignore", ".*returned a view tensor")  # V is not changed in place
     mesh = dist.init_device_mesh(device, (world_size(),))
     layer = transformers.modeling_layers.GradientCheckpointingLayer
     for module in [*(m for m in model.modules() if isinstance(m, layer)), model]:
@@ -2005,8 +2001,7 @@ RULES = {  # constants (those with a ? may be None): all that they can be, or in
     "weight_decay entropy_coef kl_coef":
         ("a number from 0", lambda x: type(x) in (int, float) and 0 <= x < math.inf),
     "gamma lambd": ("a number from 0 to 1", lambda x: type(x) in (int, float) and 0 <= x <= 1),
-    "reward_fn? gold_fn?":
-        ("a function", lambda x: callable(x) and not isinstance(x, nn.Module)),
+    "reward_fn? gold_fn?": ("a function", lambda x: callable(x) and not isinstance(x, nn.Module)),
     "actor_name reward_name critic_name? resume?":
         ("the name of a folder", lambda x: isinstance(x, str) and x),
     "prompts_file eval_prompts_file?":
