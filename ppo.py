@@ -482,18 +482,13 @@ def get_action_mask(responses, end_tokens):
     is_end = torch.isin(responses, torch.tensor(end_tokens, device=responses.device)).long()
     return (is_end.cumsum(-1) - is_end == 0).long()
 
-@contextlib.contextmanager
 def plain_sampling(model, end_tokens, pad_token_id, temperature, max_new_tokens):
     """Inside, `generate` samples from softmax(logits / temperature) and nothing else. The model's
     own config is replaced, for `generate` takes from it what a config passed in leaves open. top_k
     is set to 0, for unset it is 50. Otherwise KL to the reference turns negative (Trap 8)."""
-    own, model.generation_config = model.generation_config, transformers.GenerationConfig(
+    return patch.object(model, "generation_config", transformers.GenerationConfig(
         do_sample=True, temperature=float(temperature), top_k=0, top_p=1.0, repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens, eos_token_id=end_tokens, pad_token_id=pad_token_id)
-    try:
-        yield
-    finally:
-        model.generation_config = own
+        max_new_tokens=max_new_tokens, eos_token_id=end_tokens, pad_token_id=pad_token_id))
 
 @torch.no_grad()
 def generate_samples(prompts, model, actor_tokenizer, max_length, max_new_tokens,

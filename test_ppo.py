@@ -1037,7 +1037,7 @@ def test_trap_07_actor_moves_after_its_own_loss_was_computed():
     assert ((now - batch.old_action_log_probs) * batch.action_mask).abs().max() < 1e-5
 
 
-@museum(("plain_sampling", "own, model.generation_config =", "own, _ ="),
+@museum(("plain_sampling", "patch.object(model,", "patch.object(copy.copy(model),"),
         ("plain_sampling", "top_k=0, ", ""),  # then it is 50
         ("plain_sampling", "repetition_penalty=1.0", "repetition_penalty=1.5"),
         ("compute_log_probs", "if temperature != 1.0:", "if False:"))
