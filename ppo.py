@@ -1381,9 +1381,8 @@ def find_checkpoint():
         raise InputError(f"resume = {path!r} is no checkpoint: those are named rollout-000020")
     good = [None, *(other for other in list_checkpoints() if other[-6:] < path[-6:])][-1]
     with refuse(f"checkpoint {path} is damaged, set resume = {good!r}"):
-        hashes = json.loads(Path(path, "manifest.json").read_text())
-        for name in hashes:
-            if flush(f"{path}/{name}") != hashes[name]:
+        for name, digest in json.loads(Path(path, "manifest.json").read_text()).items():
+            if flush(f"{path}/{name}") != digest:
                 raise ValueError(f"{name} was altered")
     return path
 
