@@ -4078,7 +4078,7 @@ def test_a_part_of_an_episode_is_as_many_rollouts_as_in_decimals(monkeypatch):
     for tenths, prompts, batch in itertools.product(range(1, 60), (1, 7, 50, 100), (1, 3, 10, 64)):
         monkeypatch.setattr(ppo, "episodes", tenths / 10)
         monkeypatch.setattr(ppo, "rollout_batch_size", batch)
-        run = ppo.Run((), (), {}, {}, ["a"] * prompts, None, None)
+        run = ppo.Run((), (), {}, {}, [dict(prompt="a", text="a")] * prompts, None, None)
         assert run.rollouts == -(-tenths * prompts // (10 * batch))
 
 
