@@ -2835,7 +2835,8 @@ def test_a_critic_takes_a_whole_model_or_its_body_or_that_of_adapters(kind):
 def test_an_update_leaves_a_model_in_the_mode_in_which_it_was(training):
     """With gradient checkpointing half of a model in train() was left in eval()."""
     actor, critic = copy.deepcopy(tiny()).train(training), make_critic()
-    (getattr(actor, ppo.ENABLE, None) or actor.gradient_checkpointing_enable)()
+    enable = getattr(actor, "activation_checkpointing_enable", None)
+    (enable or actor.gradient_checkpointing_enable)()
     rows = experience([[A, B, EOS]], actor=tiny())
     ppo.train_step(rows, actor, critic, *(torch.optim.SGD(model.parameters(), lr=0.0)
                                           for model in (actor, critic)), 1)
@@ -3192,7 +3193,10 @@ def test_each_episode_is_an_order_of_its_own_of_all_prompts(setting):
     episodes = {}
     for size, seed in itertools.product((4, 6, 15), (1, 2)):
         setting(rollout_batch_size=size, seed=seed)
-        drawn = sum((ppo.get_prompt_indices(n, 6) for n in range(60 // size)), [])
+        run = ppo.Run((), (), {}, {}, [dict(prompt=i, text=i) for i in range(6)], None, None)
+        drawn = []
+        for run.state.rollout in range(60 // size):
+            drawn += [item["prompt"] for item in run.next_prompts()]
         orders = [(*drawn[k:k + 6],) for k in range(0, 60, 6)]
         assert all(sorted(order) == [*range(6)] for order in orders)
         assert episodes.setdefault(seed, orders) == orders  # whatever the size of a rollout
