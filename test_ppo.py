@@ -3175,7 +3175,7 @@ def test_the_curves_of_equal_returns_are_finite():
 @pytest.mark.usefixtures("small")
 def test_the_line_of_a_rollout_has_its_numbers(go, capsys):
     scalars = go(episodes=3, rollout_batch_size=2, critic_warmup=1, train_batch_size=4).scalars
-    lines = re.findall(r"(?m)^ep +(\d+) rollout +(\d)/5 score +(\S+) kl +(\S+) loss +(\S+) +(\S+) "
+    lines = re.findall(r"(?m)^ep +(\d+) +(\d)/5 score +(\S+) kl +(\S+) loss +(\S+) +(\S+) "
                        r"clip (\S+) len +(\S+) +(\d+) tok/s (\d+:\d\d) left$",
                        capsys.readouterr().out)
     assert [line[:2] for line in lines] == [*zip("11233", "12345")]  # of 3 prompts, 2 a rollout
