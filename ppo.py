@@ -539,8 +539,7 @@ def compute_scores(prompts, responses, reward_model, reward_tokenizer=None,
     reward_tokenizer.padding_side, reward_tokenizer.truncation_side = "right", "left"
     # The model finds a row's last token by this one; configs often lack it, or name another.
     reward_model.config.get_text_config().pad_token_id = reward_tokenizer.pad_token_id
-    limit = getattr(reward_model.config, "max_position_embeddings", None) or sys.maxsize
-    limit = min(limit, reward_tokenizer.model_max_length)
+    limit = min(get_positions(reward_model), reward_tokenizer.model_max_length)
     inputs = [to_reward_inputs(prompt, response, reward_tokenizer, apply_chat_template, limit)
               for prompt, response in zip(prompts, responses, strict=True)]
     by_length = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]["input_ids"]))
@@ -870,6 +869,13 @@ def load_model(constant, name):
                              if "dropout" in key and isinstance(value, float)})
     return model.eval()  # dropout would move the ratio before any step (Trap 20)
 
+def get_positions(model):
+    """How many tokens a model can read. RoBERTa and its like count them from padding_idx + 1."""
+    number = getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1
+    first = max((m.padding_idx + 1 for name, m in model.named_modules() if name.endswith(
+        "position_embeddings") and getattr(m, "padding_idx", None) is not None), default=0)
+    return number - first if number > 0 else sys.maxsize  # XLNet says -1
+
 def make_models(load_model):
     """-> actor, critic, reward model, reference, each from load_model(constant, name): that of the
     bill loads without memory. InputError: one has too few positions, or knows too few tokens."""
@@ -883,9 +889,9 @@ def make_models(load_model):
             load_model("critic_name", critic_name).base_model).eval()
     for constant, model in (("actor_name", actor_model), ("critic_name", critic_model.base_model)):
         config, length = model.config.get_text_config(), max_length + max_new_tokens
-        if length > (getattr(config, "max_position_embeddings", None) or math.inf):
+        if length > get_positions(model):
             raise InputError(f"max_length + max_new_tokens = {length}: lower one, {constant} has "
-                             f"{config.max_position_embeddings} positions")
+                             f"{get_positions(model)} positions")
         if config.vocab_size < actor_model.config.get_text_config().vocab_size:
             raise InputError(f"{constant} knows fewer tokens than actor_name: name another model")
         if gradient_checkpointing:  # `recomputing` switches it on where it is wanted

@@ -1118,7 +1118,8 @@ def test_trap_12_the_question_is_cut_off():
 @museum(("to_reward_inputs", "text = apply_template(messages, tokenizer)",
          'text = f"system user {prompt} assistant {response}"'),
         ("to_reward_inputs", "dict(truncation=True, max_length=max_length)", "dict()"),
-        ("compute_scores", "limit = min(limit, reward_tokenizer.model_max_length)", "limit = 9999"))
+        ("compute_scores", "get_positions(reward_model), reward_tokenizer.model_max_length",
+         "9999, 9999"))
 def test_trap_13_scores_make_no_sense():
     """The reward model reads roles as words of one text, of any length, or the actor's tokens."""
     model, seen = copy.deepcopy(tiny("LlamaForSequenceClassification", num_labels=1)), []
@@ -2873,6 +2874,27 @@ def test_a_reward_model_loses_the_beginning_of_what_is_too_long():
         tokenizer.truncation_side = "left"  # a pair; a template
         ids = ppo.to_reward_inputs("a" * 90, "b" * 9 + "cd", tokenizer, chat, 32)["input_ids"]
         assert len(ids) == 32 and "cd" in tokenizer.decode(ids).replace(" ", "")
+
+
+@pytest.mark.parametrize("family, options, room", [
+    ("bert", dict(max_position_embeddings=16), 16), ("llama", {}, None),
+    ("roberta", dict(max_position_embeddings=16), 15),  # its pad token is 0 here: from position 1
+    ("mpnet", dict(max_position_embeddings=16, pad_token_id=1), 14),
+    ("xlnet", dict(d_model=16, n_layer=1, n_head=2, d_inner=16), None)])
+def test_a_reward_model_reads_as_many_tokens_as_it_has_positions(family, options, room):
+    """RoBERTa counts them from padding_idx + 1, XLNet says that it has -1. One token more fails."""
+    torch.manual_seed(0)
+    options = dict(vocab_size=40, num_labels=1) | options
+    config = (make_config(family, **options) if family != "xlnet" else
+              transformers.XLNetConfig(**options))
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    seen, forward = [], model.forward
+    model.forward = lambda **inputs: seen.append(inputs["input_ids"].shape[1]) or forward(**inputs)
+    assert len(ppo.compute_scores(["a" * 40], ["b"], model, letter_tokenizer(), False)) == 1
+    assert seen == [room or 1 + 40 + 1 + 1 + 1]
+    if room:
+        with pytest.raises((IndexError, RuntimeError)):
+            forward(input_ids=torch.full((1, room + 1), 5))
 
 
 @pytest.mark.parametrize("agg", ["seq-mean-token-sum", "seq-mean-token-mean"])
