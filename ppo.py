@@ -850,6 +850,17 @@ def load_tokenizer(constant, name):
     if not (tokenizer.eos_token or constant == "reward_name" and tokenizer.pad_token):
         raise InputError(f"{constant} = {name!r} has a tokenizer without end token: set eos_token")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # told apart by position
+    config = load(transformers.AutoConfig.from_pretrained, constant, name).get_text_config()
+    # Special tokens that nothing writes may lie beyond: Gemma 3 1B's for images.
+    unused = get_special_tokens(tokenizer, len(tokenizer)) - {
+        tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token,
+        tokenizer.sep_token, tokenizer.cls_token}
+    for token, number in tokenizer.get_vocab().items():
+        if number >= getattr(config, "vocab_size", math.inf) and (
+                token not in unused or token in str(tokenizer.chat_template)):
+            raise InputError(f"{constant} = {name!r}: its tokenizer has {token!r}, number "
+                             f"{number}, its model only {config.vocab_size} tokens: "
+                             "resize_token_embeddings")
     return tokenizer
 
 def load_model(constant, name):

@@ -1751,6 +1751,22 @@ def test_a_tokenizer_without_pad_token_pads_with_its_end_token(main):
         assert (part.action_mask.diff(dim=-1) <= 0).all() and (part.action_mask[:, 0] == 1).all()
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("template, refused", [(TEMPLATE_C, False), (TEMPLATE_C + "<eye>", True)])
+def test_a_special_token_without_embedding_is_refused_if_the_template_writes_it(
+        main, tmp_path, template, refused):
+    """Gemma 3 1B has one for images, and no image ever comes."""
+    tokenizer = byte_tokenizer(template)
+    tokenizer.add_special_tokens(dict(extra_special_tokens=["<|im_start|>", "<eye>"]))
+    assert tokenizer.convert_tokens_to_ids("<eye>") == 261
+    save(tmp_path / "a", make_model(vocab_size=261, max_position_embeddings=256), tokenizer)
+    if refused:
+        with pytest.raises(ppo.InputError, match="'<eye>', number 261"):
+            main(tmp_path / "a", apply_chat_template=True)
+    else:
+        assert main(tmp_path / "a", apply_chat_template=True)[2]
+
+
 REWARDS = ["llama_reward", "gpt2_reward", "bert_reward", "deberta_reward"]
 
 
@@ -2021,6 +2037,10 @@ WRONG_FOLDERS = {  # constants (folders by their name), what the sentence has to
     "reward of two labels": (dict(reward_name="two_labels"), "reward_name.* 2 "),
     "reward without tokenizer": (dict(reward_name="bare_reward"), "reward_name"),
     "reward of pickled weights": (dict(reward_name="pickled_reward"), "reward_name"),
+    "actor with a pad token that its model has not": (
+        dict(actor_name="grown"), r"actor_name.*'\[PAD\]', number 261.* 261 "),
+    "reward with a token that its model has not": (
+        dict(reward_name="grown_reward"), "reward_name.*'new', number 261.* 261 "),
     "reward without pad and end": (dict(reward_name="no_pad"), "reward_name.*end token"),
     "reward without a classifier's head": (dict(reward_name="mamba"), "reward_name.*MambaConfig"),
     "critic not there": (dict(critic_name="nowhere"), "critic_name"),
@@ -2053,6 +2073,10 @@ def wrong_folders(folders):
     (folders / "cut_weights" / "model.safetensors").write_bytes(whole[:len(whole) // 2])
     for name in ("bare_reward", "pickled_reward"):
         shutil.copytree(folders / "llama_reward", folders / name)
+    grown, grown_reward = byte_tokenizer(pad="[PAD]"), byte_tokenizer()
+    grown_reward.add_tokens(["new"])
+    save(folders / "grown", make_model(vocab_size=261), grown)
+    save(folders / "grown_reward", make_reward_model("llama", vocab_size=261), grown_reward)
     save(folders / "no_pad", make_reward_model("llama", vocab_size=261),
          byte_tokenizer(pad=None, eos=None))
     save(folders / "ctrl", transformers.CTRLLMHeadModel(transformers.CTRLConfig(
