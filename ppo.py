@@ -903,6 +903,8 @@ def make_models(load_model):
         if length > get_positions(model):
             raise InputError(f"max_length + max_new_tokens = {length}: lower one, {constant} has "
                              f"{get_positions(model)} positions")
+        if constant == "critic_name" and model.can_generate():  # Llama 4: the body is the whole
+            raise InputError("critic_name: actor_name has no body without its head, name another")
         if config.vocab_size < actor_model.config.get_text_config().vocab_size:
             raise InputError(f"{constant} knows fewer tokens than actor_name: name another model")
         if gradient_checkpointing:  # `recomputing` switches it on where it is wanted
@@ -1794,9 +1796,10 @@ def show_bill():
         tensor.detach().clone().requires_grad_(tensor.requires_grad)))
     stay = patch.object(nn.Module, "to", lambda module, *_, **__: module)
     blank = patch.object(transformers.PreTrainedModel, "initialize_weights", lambda model: None)
+    quiet = patch.object(torch._subclasses.fake_tensor.log, "disabled", True)  # of what we say ourselves
     say("  MiB     parameters    weights  gradients       Adam    at work")
     fixed = work = 0
-    with mode, copies, stay, blank, torch.device(device):
+    with mode, copies, stay, blank, quiet, torch.device(device):
         for name, model in zip(("actor", "critic", "reward", "ref"), make_models(load_empty)):
             if isinstance(model, nn.Module):
                 try:

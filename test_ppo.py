@@ -19,6 +19,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import operator
 import os
@@ -2041,6 +2042,7 @@ WRONG_FOLDERS = {  # constants (folders by their name), what the sentence has to
         dict(actor_name="grown"), r"actor_name.*'\[PAD\]', number 261.* 261 "),
     "reward with a token that its model has not": (
         dict(reward_name="grown_reward"), "reward_name.*'new', number 261.* 261 "),
+    "actor whose body has the head": (dict(actor_name="llama4"), "critic_name: actor_name has no"),
     "reward without pad and end": (dict(reward_name="no_pad"), "reward_name.*end token"),
     "reward without a classifier's head": (dict(reward_name="mamba"), "reward_name.*MambaConfig"),
     "critic not there": (dict(critic_name="nowhere"), "critic_name"),
@@ -2073,6 +2075,9 @@ def wrong_folders(folders):
     (folders / "cut_weights" / "model.safetensors").write_bytes(whole[:len(whole) // 2])
     for name in ("bare_reward", "pickled_reward"):
         shutil.copytree(folders / "llama_reward", folders / name)
+    save(folders / "llama4", make_model("llama4_text", vocab_size=261, head_dim=8,
+                                        num_local_experts=2, intermediate_size_mlp=32),
+         byte_tokenizer())
     grown, grown_reward = byte_tokenizer(pad="[PAD]"), byte_tokenizer()
     grown_reward.add_tokens(["new"])
     save(folders / "grown", make_model(vocab_size=261), grown)
@@ -4780,6 +4785,17 @@ def test_bill_of_a_family_that_looks_at_the_weights_it_draws(place, tmp_path, ca
     place(reward_name="modern")
     ppo.show_bill()
     assert "at most" in capsys.readouterr().out
+
+
+def test_bill_of_a_mixture_of_experts_prints_no_traceback(place, tmp_path, capsys, caplog):
+    """torch logs one where its product of experts cannot be run without memory."""
+    logging.getLogger("torch").addHandler(caplog.handler)
+    make_models(tmp_path, "Mixtral", num_local_experts=2, num_key_value_heads=2)
+    place()
+    ppo.show_bill()
+    logging.getLogger("torch").removeHandler(caplog.handler)
+    assert "no bill, actor cannot be run without memory" in capsys.readouterr().out
+    assert not caplog.records
 
 
 def test_bill_grows_with_what_it_counts(place, tmp_path, capsys):
