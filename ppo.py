@@ -845,11 +845,17 @@ def load(make, constant, name, source=None, **options):
     with refuse(f"{constant} = {name!r} cannot be loaded"):
         return make(source or name, trust_remote_code=trust_remote_code, **options)
 
+def adds_end(tokenizer):
+    return tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+
 def load_tokenizer(constant, name):
     tokenizer = load(transformers.AutoTokenizer.from_pretrained, constant, name)
     if not (tokenizer.eos_token or constant == "reward_name" and tokenizer.pad_token):
         raise InputError(f"{constant} = {name!r} has a tokenizer without end token: set eos_token")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # told apart by position
+    if constant == "actor_name" and not apply_chat_template and adds_end(tokenizer):
+        raise InputError(f"{constant} = {name!r} has a tokenizer that ends each prompt with its "
+                         "end token: take that out of it (add_eos_token)")
     config = load(transformers.AutoConfig.from_pretrained, constant, name).get_text_config()
     # Special tokens that nothing writes may lie beyond: Gemma 3 1B's for images.
     unused = get_special_tokens(tokenizer, len(tokenizer)) - {
@@ -927,7 +933,8 @@ def to_reward_inputs(prompt, response, tokenizer, apply_chat_template, max_lengt
     if tokenizer.sep_token and tokenizer.num_special_tokens_to_add(pair=True) > 2:
         return tokenizer("\n".join(asked), response, **cut)
     asked = prompt if isinstance(prompt, str) else "\n".join(asked)  # a text as it stands
-    return tokenizer(asked + response + (tokenizer.eos_token or ""), **cut)
+    end = "" if adds_end(tokenizer) else tokenizer.eos_token or ""
+    return tokenizer(asked + response + end, **cut)
 
 def check_scores(scores, responses, name="reward_fn"):
     """What a function of the user's returned -> list of floats, or InputError."""

@@ -2043,6 +2043,7 @@ WRONG_FOLDERS = {  # constants (folders by their name), what the sentence has to
     "reward with a token that its model has not": (
         dict(reward_name="grown_reward"), "reward_name.*'new', number 261.* 261 "),
     "actor whose body has the head": (dict(actor_name="llama4"), "critic_name: actor_name has no"),
+    "actor whose prompts end at once": (dict(actor_name="ends"), "actor_name.*add_eos_token"),
     "reward without pad and end": (dict(reward_name="no_pad"), "reward_name.*end token"),
     "reward without a classifier's head": (dict(reward_name="mamba"), "reward_name.*MambaConfig"),
     "critic not there": (dict(critic_name="nowhere"), "critic_name"),
@@ -2078,6 +2079,10 @@ def wrong_folders(folders):
     save(folders / "llama4", make_model("llama4_text", vocab_size=261, head_dim=8,
                                         num_local_experts=2, intermediate_size_mlp=32),
          byte_tokenizer())
+    ends = byte_tokenizer(template=None)
+    ends.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        "$A <|im_end|>", special_tokens=[("<|im_end|>", 3)])
+    save(folders / "ends", make_model(vocab_size=261, max_position_embeddings=256), ends)
     grown, grown_reward = byte_tokenizer(pad="[PAD]"), byte_tokenizer()
     grown_reward.add_tokens(["new"])
     save(folders / "grown", make_model(vocab_size=261), grown)
@@ -2903,6 +2908,16 @@ def test_a_reward_model_loses_the_beginning_of_what_is_too_long():
         tokenizer.truncation_side = "left"  # a pair; a template
         ids = ppo.to_reward_inputs("a" * 90, "b" * 9 + "cd", tokenizer, chat, 32)["input_ids"]
         assert len(ids) == 32 and "cd" in tokenizer.decode(ids).replace(" ", "")
+
+
+def test_a_reward_model_reads_one_end_token_whoever_writes_it():
+    """T5's tokenizer ends each text by itself, and so do some of Llama's."""
+    tokenizer, texts = byte_tokenizer(template=None), ("ask", "reply")
+    ids = ppo.to_reward_inputs(*texts, tokenizer, False, 99)["input_ids"]
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        "$A <|im_end|>", special_tokens=[("<|im_end|>", 3)])
+    assert ids == ppo.to_reward_inputs(*texts, tokenizer, False, 99)["input_ids"]
+    assert ids[-1] == 3 and ids.count(3) == 1 and tokenizer.decode(ids[:-1]) == "askreply"
 
 
 @pytest.mark.parametrize("family, options, room", [
