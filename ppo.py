@@ -2109,6 +2109,9 @@ def main():
         for source in (prompts_file, eval_prompts_file))
     if cut := sum(dataset.truncated for dataset in (prompts_dataset, eval_dataset) if dataset):
         say(f"{cut} prompts are longer than max_length = {max_length} and lose their beginning")
+    for item in itertools.chain(prompts_dataset, eval_dataset or []):
+        if reward_tokenizer and isinstance(item["prompt"], list):  # its template may refuse a role
+            to_reward_inputs(item["prompt"], "a", reward_tokenizer, apply_chat_template, 4096)
     path = find_checkpoint()
     show_bill()
     models = [place(model) for model in make_models(load_model)]

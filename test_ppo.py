@@ -2044,6 +2044,10 @@ WRONG_FOLDERS = {  # constants (folders by their name), what the sentence has to
         dict(reward_name="grown_reward"), "reward_name.*'new', number 261.* 261 "),
     "actor whose body has the head": (dict(actor_name="llama4"), "critic_name: actor_name has no"),
     "actor whose prompts end at once": (dict(actor_name="ends"), "actor_name.*add_eos_token"),
+    "a prompt that the reward model's template refuses": (
+        dict(reward_name="no_system_reward", apply_chat_template=True,
+             prompts_file=["a"] * 9 + SYSTEM),
+        "chat template of .*no_system_reward refuses .*no system here"),
     "reward without pad and end": (dict(reward_name="no_pad"), "reward_name.*end token"),
     "reward without a classifier's head": (dict(reward_name="mamba"), "reward_name.*MambaConfig"),
     "critic not there": (dict(critic_name="nowhere"), "critic_name"),
@@ -2083,6 +2087,8 @@ def wrong_folders(folders):
     ends.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         "$A <|im_end|>", special_tokens=[("<|im_end|>", 3)])
     save(folders / "ends", make_model(vocab_size=261, max_position_embeddings=256), ends)
+    save(folders / "no_system_reward", make_reward_model("llama", vocab_size=261),
+         byte_tokenizer(template=REFUSES + TEMPLATE_C))
     grown, grown_reward = byte_tokenizer(pad="[PAD]"), byte_tokenizer()
     grown_reward.add_tokens(["new"])
     save(folders / "grown", make_model(vocab_size=261), grown)
