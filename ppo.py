@@ -1543,8 +1543,12 @@ def check_update(run, rows, rounding):
     yield "frozen models get no gradient", touched, 1, "Use torch.no_grad()"
     if isinstance(reward, nn.Module):
         texts = ["yes", "no", *(row.info["response"] for row in rows)]
-        scores = compute_scores([rows[0].info["item"]["prompt"]] * len(texts), texts, reward,
-                                run.scoring["reward_tokenizer"], apply_chat_template)
+        scores, alone = (compute_scores(
+            [rows[0].info["item"]["prompt"]] * len(texts), texts, reward,
+            run.scoring["reward_tokenizer"], apply_chat_template, size)
+            for size in (micro_train_batch_size, 1))
+        yield ("a score alone is as in a batch", numpy.subtract(scores, alone), rounding,
+               "The reward model reads padding: set micro_train_batch_size = 1")
         blind = max(scores) - min(scores) < 1e-6
         yield "the reward model tells responses apart", blind, 1, "Does it read what it should?"
 

@@ -2435,7 +2435,7 @@ def test_degenerate_rollouts_keep_running_and_stay_finite(case, loss_agg, go):
 
 CHECKS = ["ratio is 1", "KL to the reference", "sampled is what", "under padding", "V(s_0)",
           "row alone", "end token", "score arrives", "one gradient", "shared", "frozen", "apart",
-          "32 bits"]
+          "32 bits", "score alone"]
 
 
 class NoPositions(transformers.GPT2LMHeadModel):
@@ -2569,6 +2569,13 @@ def break_reward(patch, models):
     torch.nn.init.zeros_(models["reward"].score.weight)
 
 
+def break_reward_padding(patch, models):
+    """As XLNet, that reads the last place whatever is there."""
+    forward = models["reward"].forward
+    models["reward"].forward = lambda input_ids, **more: types.SimpleNamespace(
+        logits=forward(input_ids, **more).logits + (input_ids[:, -1:] == 0))
+
+
 BREAKS = {
     break_ratio: {"ratio is 1"}, break_reference: {"KL to the reference"},
     break_sampling: {"sampled is what"}, break_top_k: {"sampled is what"},
@@ -2577,7 +2584,7 @@ BREAKS = {
     break_positions_without_gradient: {"row alone"},
     break_mask: {"end token"}, break_score: {"score arrives"}, break_denominator: {"one gradient"},
     break_trunk: {"shared"}, break_frozen: {"frozen"}, break_reward: {"apart"},
-    break_dtype: {"32 bits"},
+    break_dtype: {"32 bits"}, break_reward_padding: {"score alone"},
     break_dropout: None, None: set()}
 
 
