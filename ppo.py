@@ -841,6 +841,13 @@ def apply_template(messages, tokenizer, **options):
     with refuse(f"the chat template of {tokenizer.name_or_path} refuses {str(messages)[:100]}"):
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
+def get_turn_end(tokenizer):
+    """The special token that the chat template writes behind a reply, or None."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "reply"}]
+    after = apply_template(turns, tokenizer).rpartition("reply")[2].strip()
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+    return next((id for id in ids if id in tokenizer.added_tokens_decoder), None)
+
 def load(make, constant, name, source=None, **options):
     with refuse(f"{constant} = {name!r} cannot be loaded"):
         return make(source or name, trust_remote_code=trust_remote_code, **options)
@@ -2112,13 +2119,18 @@ def main():
         source and PromptDataset(source, actor_tokenizer, apply_chat_template, max_length)
         for source in (prompts_file, eval_prompts_file))
     if cut := sum(dataset.truncated for dataset in (prompts_dataset, eval_dataset) if dataset):
-        say(f"{cut} prompts are longer than max_length = {max_length} and lose their beginning")
+        say(f"{cut} prompts are longer than max_length = {max_length} and lose their beginning"
+            + ", their template's too: raise it or leave them out" * apply_chat_template)
     for item in itertools.chain(prompts_dataset, eval_dataset or []):
         if reward_tokenizer and isinstance(item["prompt"], list):  # its template may refuse a role
             to_reward_inputs(item["prompt"], "a", reward_tokenizer, apply_chat_template, 4096)
     path = find_checkpoint()
     show_bill()
     models = [place(model) for model in make_models(load_model)]
+    turn_end = get_turn_end(actor_tokenizer) if apply_chat_template else None
+    if turn_end not in (None, *get_end_tokens(models[0], actor_tokenizer)):
+        say(f"actor_name's chat template ends a turn with {actor_tokenizer.decode([turn_end])!r}, "
+            f"which ends no response: add {turn_end} to eos_token_id in generation_config.json")
     if reward_tokenizer and reward_tokenizer.pad_token_id == reward_tokenizer.eos_token_id:
         say("reward_name pads with its end token: it will score at the token before the end")
     if rank() == 0:

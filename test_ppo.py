@@ -1753,6 +1753,19 @@ def test_a_tokenizer_without_pad_token_pads_with_its_end_token(main):
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("ends, chat, said", [
+    ([1], True, True), ([1, 3], True, False), ([1], False, False)])
+def test_a_turn_whose_end_ends_no_response_is_told(main, tmp_path, capsys, ends, chat, said):
+    """A base model with a chat template: it would write the user's next turn too."""
+    model = make_model(vocab_size=261, max_position_embeddings=256)
+    model.generation_config.eos_token_id = ends
+    save(tmp_path / "a", model, byte_tokenizer(eos="<eos>"))
+    main(tmp_path / "a", apply_chat_template=chat)
+    line = "template ends a turn with '<|im_end|>', which ends no response: add 3 to eos_token_id"
+    assert (line in capsys.readouterr().out) == said
+
+
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("template, refused", [(TEMPLATE_C, False), (TEMPLATE_C + "<eye>", True)])
 def test_a_special_token_without_embedding_is_refused_if_the_template_writes_it(
         main, tmp_path, template, refused):
@@ -1998,8 +2011,11 @@ def test_prompts_that_are_cut_are_counted_the_held_out_ones_too(setting, folders
     for length in (8, 30):
         setting(max_length=length)
         expect_refusal("enough")
-    said = re.findall(r"(\d+) prompts are longer than max_length = (\d+)", capsys.readouterr().out)
-    assert said == [("3", "8")]
+    setting(actor_name=str(folders / "actor"), apply_chat_template=True)
+    expect_refusal("enough")  # the template has 19 tokens, "e" 30
+    said = re.findall(r"(\d+) prompts are longer than max_length = (\d+) and lose their beginning"
+                      "(, their template's too)?", capsys.readouterr().out)
+    assert said == [("3", "8", ""), ("1", "30", ", their template's too")]
 
 
 @pytest.mark.usefixtures("small")
