@@ -496,7 +496,7 @@ def generate_samples(prompts, model, actor_tokenizer, max_length, max_new_tokens
                      add_special_tokens=True):
     """Items of a PromptDataset, or texts -> list of Samples, micro_rollout_batch_size rows in each,
     n_samples_per_prompt successive rows for each prompt. add_special_tokens: False for text out of
-    a chat template, which brings its own BOS (Trap 16)."""
+    a chat template, which brings its own BOS (Trap 16). TypeError: prompts of another form."""
     items = [p if isinstance(p, dict) else {"prompt": p, "text": p} for p in prompts]
     if isinstance(prompts, (str, dict)) or not all(isinstance(i["text"], str) for i in items):
         raise TypeError("prompts: give a list of texts, or items of a PromptDataset")
@@ -844,7 +844,9 @@ def apply_template(messages, tokenizer, **options):
 def get_turn_end(tokenizer):
     """The special token that the chat template writes behind a reply, or None."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "reply"}]
-    after = apply_template(turns, tokenizer).rpartition("reply")[2].strip()
+    after = ""
+    with contextlib.suppress(InputError):  # a template for prompts alone
+        after = apply_template(turns, tokenizer).rpartition("reply")[2].strip()
     ids = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
     return next((id for id in ids if id in tokenizer.added_tokens_decoder), None)
 
@@ -1326,6 +1328,9 @@ def claim_run_folder(path):
         pass
     for half in glob.glob(run_folder() + "/**/*.tmp", recursive=True):
         shutil.rmtree(half, ignore_errors=True)
+    for old in glob.glob(run_folder() + "/*.old"):  # killed between the two renames
+        with contextlib.suppress(OSError):  # or after them
+            os.rename(old, old.removesuffix(".old"))
     if not is_ours(path) and os.path.exists(run_folder()):
         aside = next(f"{run_folder()}.{n}" for n in itertools.count(1)
                      if not os.path.exists(f"{run_folder()}.{n}"))
@@ -1554,7 +1559,8 @@ def check_update(run, rows, rounding):
             [rows[0].info["item"]["prompt"]] * len(texts), texts, reward,
             run.scoring["reward_tokenizer"], apply_chat_template, size)
             for size in (micro_train_batch_size, 1))
-        yield ("a score alone is as in a batch", numpy.subtract(scores, alone), rounding,
+        off = numpy.subtract(scores, alone) / max(1, *map(abs, scores))  # of large ones a part
+        yield ("a score alone is as in a batch", off, rounding,
                "The reward model reads padding: set micro_train_batch_size = 1")
         blind = max(scores) - min(scores) < 1e-6
         yield "the reward model tells responses apart", blind, 1, "Does it read what it should?"

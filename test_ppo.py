@@ -1765,6 +1765,12 @@ def test_a_turn_whose_end_ends_no_response_is_told(main, tmp_path, capsys, ends,
     assert (line in capsys.readouterr().out) == said
 
 
+def test_a_template_may_refuse_replies():
+    tokenizer = byte_tokenizer("{% for m in messages %}{% if m.role == 'user' %}<q>{{ m.content }}"
+                               "{% else %}{{ raise_exception('no') }}{% endif %}{% endfor %}")
+    assert ppo.get_turn_end(tokenizer) is None
+
+
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("template, refused", [(TEMPLATE_C, False), (TEMPLATE_C + "<eye>", True)])
 def test_a_special_token_without_embedding_is_refused_if_the_template_writes_it(
@@ -2622,6 +2628,15 @@ def test_the_self_check_names_exactly_what_is_broken(mutate, go, monkeypatch, se
     assert all(sum(name in line for line in lines) == 1 for name in CHECKS), lines
     failed = {next(name for name in CHECKS if name in line) for line in lines if "✗" in line}
     assert failed == BREAKS[mutate] if BREAKS[mutate] is not None else "ratio is 1" in failed
+
+
+@pytest.mark.usefixtures("small")
+def test_the_self_check_leaves_large_scores_their_rounding(go):
+    """Alone and in a batch, scores of some hundred thousand differ by more than 1e-4."""
+    reward = make_reward_model("llama")
+    reward.score.weight.data *= 1e6
+    assert go(reward=reward, reward_tokenizer=word_tokenizer(), self_check="stop", episodes=1,
+              micro_train_batch_size=6, train_batch_size=6).steps
 
 
 @pytest.mark.usefixtures("small")
@@ -4357,6 +4372,18 @@ def test_failed_saves_do_not_end_the_run_and_change_nothing(whole, tmp_path):
     assert glob.glob(f"{tiny}/**/*.tmp", recursive=True) == []
     end = dict(flatten(safetensors.torch.load_file(tiny / "final" / "model.safetensors"), "/final"))
     assert end.items() <= whole.end.items()
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_kill_between_the_two_renames_is_mended_at_the_next_start(tmp_path, monkeypatch, later):
+    """The old one had gone aside, and the new one was not there yet; or it was."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ppo, "run_name", "t")
+    names = ("best.old", "best") if later else ("best.old",)
+    for name in names:
+        assert write_version("runs/t/" + name, name)
+    ppo.claim_run_folder("runs/t/checkpoints/rollout-000001")
+    assert os.path.exists("runs/t/best") and read_version("runs/t/best") == names[-1]
 
 
 @pytest.mark.usefixtures("small")
