@@ -1820,7 +1820,7 @@ def show_bill():
         tensor.detach().clone().requires_grad_(tensor.requires_grad)))
     stay = patch.object(nn.Module, "to", lambda module, *_, **__: module)
     blank = patch.object(transformers.PreTrainedModel, "initialize_weights", lambda model: None)
-    quiet = patch.object(torch._subclasses.fake_tensor.log, "disabled", True)  # of what we say ourselves
+    quiet = patch.object(torch._subclasses.fake_tensor.log, "disabled", True)  # we say it ourselves
     say("  MiB     parameters    weights  gradients       Adam    at work")
     fixed = work = 0
     with mode, copies, stay, blank, quiet, torch.device(device):
