@@ -756,7 +756,7 @@ def train(prompts_dataset, eval_dataset, actor_model, critic_model, reward_model
 # ---- 8. Input ----------------------------------------------------------------------------------
 
 def read_prompts(source):
-    """A list, or the path of a .txt or .jsonl -> list of dicts: `prompt` and the other columns."""
+    """A list, or the path of a .txt or .jsonl -> list of dicts: `prompt` and the user's columns."""
     where, items = f"prompts {source!r:.200}", []
     entries = {f"prompt {n}": item for n, item in enumerate(source, 1)}
     try:
@@ -784,18 +784,18 @@ def read_prompts(source):
         raise InputError(f"{where}: {error}: write a text a line, or in a .jsonl JSON with "
                          "`prompt`, a text, or `messages`, with role and content") from None
     columns = dict.fromkeys(name for item in items for name in item)
-    return [columns | item for item in items]  # None where a column is left out
+    return [columns | item for item in items]  # None where an item lacks a column
 
 def to_dataset(source, sampling):
-    """What `train` is given: a PromptDataset, or a part of one; of anything else one is made."""
+    """A PromptDataset, or a part of one, as it is; anything else becomes a PromptDataset."""
     source = source if hasattr(source, "__getitem__") else list(source)
     if source and all(isinstance(item, dict) and {"prompt", "text"} <= {*item} for item in source):
         return source
     return PromptDataset(source, sampling["actor_tokenizer"], apply_chat_template, max_length)
 
 def get_columns(rows):
-    """Rows -> prompts, responses, and the further columns of the user's. Copies: a reward_fn that
-    appends to its messages must not do so to those of the next sample."""
+    """Rows -> prompts, responses, and the user's other columns. Lists and dicts are copied: if a
+    reward_fn appends to the messages it gets, the next sample's must stay as they were."""
     items = [row.info["item"] for row in rows]
     columns = {name: [copy.deepcopy(value) if isinstance(value, (list, dict)) else value
                       for value in (item.get(name) for item in items)]
@@ -804,7 +804,7 @@ def get_columns(rows):
     return prompts, [row.info["response"] for row in rows], columns
 
 def get_lr_factor(step, total_steps):
-    """What the rates are multiplied by. A function of the step's number: nothing is saved of it."""
+    """What multiplies both learning rates. It follows from the step alone: nothing to save."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     x = (step - warmup_steps) / (total_steps - warmup_steps)
@@ -812,13 +812,13 @@ def get_lr_factor(step, total_steps):
 
 @functools.lru_cache(8)
 def get_special_tokens(tokenizer, _):
-    """Kept, for of some tokenizers' thousands each look takes 20 ms; anew when it has grown."""
+    """Cached: with thousands of them a call takes 20 ms. `_`: len(tokenizer), to see new ones."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return added.union(tokenizer.all_special_tokens) - {""}
 
 def to_messages(prompt, tokenizer):
-    """A prompt, a text or messages -> messages for a chat template, special tokens that they spell
-    broken by a space: what a user or a model writes must not end its turn and open another."""
+    """A prompt (text or messages) -> messages for a chat template. A special token spelt out there
+    gets a space inserted: what a user or a model writes must not end its turn and open another."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     messages = [{key: turn[key] for key in ("role", "content")} for turn in turns]
     whole = "".join(text for message in messages for text in message.values())
@@ -829,7 +829,7 @@ def to_messages(prompt, tokenizer):
 
 @contextlib.contextmanager
 def refuse(sentence):
-    """Whatever a library raises inside, of many kinds, becomes an InputError: sentence, reason."""
+    """Any exception inside (libraries raise many kinds) becomes InputError("sentence: reason")."""
     try:
         yield
     except Exception as error:
@@ -837,27 +837,30 @@ def refuse(sentence):
         raise InputError(f"{sentence}: {reason}") from None
 
 def apply_template(messages, tokenizer, **options):
-    """Jinja: it may want other roles, or another order of them."""
+    """Messages -> text. InputError: the template refuses a role, or the order of the roles."""
     with refuse(f"the chat template of {tokenizer.name_or_path} refuses {str(messages)[:100]}"):
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 def get_turn_end(tokenizer):
-    """The special token that the chat template writes behind a reply, or None."""
+    """The id of the special token that the chat template writes after a reply, or None."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "reply"}]
     after = ""
-    with contextlib.suppress(InputError):  # a template for prompts alone
+    with contextlib.suppress(InputError):  # a template that takes no reply
         after = apply_template(turns, tokenizer).rpartition("reply")[2].strip()
     ids = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
     return next((id for id in ids if id in tokenizer.added_tokens_decoder), None)
 
 def load(make, constant, name, source=None, **options):
+    """make(source or name, **options); any exception becomes an InputError about the constant."""
     with refuse(f"{constant} = {name!r} cannot be loaded"):
         return make(source or name, trust_remote_code=trust_remote_code, **options)
 
 def adds_end(tokenizer):
+    """Does the tokenizer by itself put its end token behind every text?"""
     return tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
 
 def load_tokenizer(constant, name):
+    """With a pad token. InputError: no end token, one in every prompt, ids that the model lacks."""
     tokenizer = load(transformers.AutoTokenizer.from_pretrained, constant, name)
     if not (tokenizer.eos_token or constant == "reward_name" and tokenizer.pad_token):
         raise InputError(f"{constant} = {name!r} has a tokenizer without end token: set eos_token")
@@ -866,7 +869,7 @@ def load_tokenizer(constant, name):
         raise InputError(f"{constant} = {name!r} has a tokenizer that ends each prompt with its "
                          "end token: take that out of it (add_eos_token)")
     config = load(transformers.AutoConfig.from_pretrained, constant, name).get_text_config()
-    # Special tokens that nothing writes may lie beyond: Gemma 3 1B's for images.
+    # A special token that is never written may lie beyond the vocabulary: Gemma 3 1B's for images.
     unused = get_special_tokens(tokenizer, len(tokenizer)) - {
         tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token,
         tokenizer.sep_token, tokenizer.cls_token}
@@ -879,32 +882,32 @@ def load_tokenizer(constant, name):
     return tokenizer
 
 def load_model(constant, name):
-    """A model in fp32, dropout off for good. Only safetensors are read: no pickle runs. InputError:
-    weights that were never trained; a reward model with other than one output."""
+    """A model in fp32, with dropout off for good. Only safetensors are read: no pickle can run.
+    InputError: weights that the files lack; a reward model that has not exactly one output."""
     kind = "CausalLM" if constant == "actor_name" else "SequenceClassification"
-    # dtype has to be said, bf16 is the default (Trap 17). num_labels must not be: with it a plain
-    # language model passes for a reward model, with a head of random numbers (Trap 14).
+    # dtype must be given: the default is bf16 (Trap 17). num_labels must not be given: with it a
+    # plain language model passes for a reward model, with a head of random numbers (Trap 14).
     model, info = load(getattr(transformers, f"AutoModelFor{kind}").from_pretrained, constant, name,
                        dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     if constant == "reward_name" and model.config.num_labels != 1:
         raise InputError(f"{constant} = {name!r} has {model.config.num_labels} outputs, not 1")
     if constant != "critic_name" and (missing := info["missing_keys"]):
         raise InputError(f"{constant} = {name!r} has no trained {min(missing)}: name another model")
-    for module in model.modules():  # a layer asks its own `training`, which `recomputing` sets
+    for module in model.modules():  # eval() is not enough: `recomputing` sets layers to training
         vars(module).update({key: 0.0 for key, value in vars(module).items()
                              if "dropout" in key and isinstance(value, float)})
     return model.eval()  # dropout would move the ratio before any step (Trap 20)
 
 def get_positions(model):
-    """How many tokens a model can read. RoBERTa and its like count them from padding_idx + 1."""
+    """How many tokens a model can read. RoBERTa and the like count from padding_idx + 1."""
     number = getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1
     first = max((m.padding_idx + 1 for name, m in model.named_modules() if name.endswith(
         "position_embeddings") and getattr(m, "padding_idx", None) is not None), default=0)
     return number - first if number > 0 else sys.maxsize  # XLNet says -1
 
 def make_models(load_model):
-    """-> actor, critic, reward model, reference, each from load_model(constant, name): that of the
-    bill loads without memory. InputError: one has too few positions, or knows too few tokens."""
+    """-> actor, critic, reward model, reference, all from load_model(constant, name); the bill
+    passes one that takes no memory. InputError: a model has too few positions or tokens."""
     actor_model = load_model("actor_name", actor_name)
     reward_model = reward_fn or load_model("reward_name", reward_name).requires_grad_(False)
     if lora_rank:
@@ -922,7 +925,7 @@ def make_models(load_model):
             raise InputError("critic_name: actor_name has no body without its head, name another")
         if config.vocab_size < actor_model.config.get_text_config().vocab_size:
             raise InputError(f"{constant} knows fewer tokens than actor_name: name another model")
-        if gradient_checkpointing:  # `recomputing` switches it on where it is wanted
+        if gradient_checkpointing:  # prepared here; `recomputing` switches it on
             if not model.supports_gradient_checkpointing:
                 raise InputError(f"gradient_checkpointing: {constant} has none, set it to False")
             enable = getattr(model, "activation_checkpointing_enable", None)
@@ -930,8 +933,8 @@ def make_models(load_model):
     return actor_model, critic_model, reward_model, ref_model
 
 def to_reward_inputs(prompt, response, tokenizer, apply_chat_template, max_length):
-    """What a reward model reads, in its own words (Trap 13): its chat template where it has one, a
-    pair where its tokenizer separates pairs (encoders), else prompt + response + end token."""
+    """Tokens in the form that the reward model knows (Trap 13): its chat template if it has one, a
+    pair if its tokenizer separates pairs (encoders), else prompt + response + end token."""
     cut = dict(truncation=True, max_length=max_length)
     messages = to_messages(prompt, tokenizer) + to_messages(
         [{"role": "assistant", "content": response}], tokenizer)
@@ -941,12 +944,12 @@ def to_reward_inputs(prompt, response, tokenizer, apply_chat_template, max_lengt
     *asked, response = [message["content"] for message in messages]
     if tokenizer.sep_token and tokenizer.num_special_tokens_to_add(pair=True) > 2:
         return tokenizer("\n".join(asked), response, **cut)
-    asked = prompt if isinstance(prompt, str) else "\n".join(asked)  # a text as it stands
+    asked = prompt if isinstance(prompt, str) else "\n".join(asked)  # a text is read unaltered
     end = "" if adds_end(tokenizer) else tokenizer.eos_token or ""
     return tokenizer(asked + response + end, **cut)
 
 def check_scores(scores, responses, name="reward_fn"):
-    """What a function of the user's returned -> list of floats, or InputError."""
+    """What a reward function or model returned -> list of floats, one a response, or InputError."""
     with refuse(f"{name} has to return {len(responses)} finite floats, one for each response"):
         floats = [float(score) for score in scores if not isinstance(score, str)]
         if len(floats) != len(responses) or not all(map(math.isfinite, floats)):
@@ -954,7 +957,7 @@ def check_scores(scores, responses, name="reward_fn"):
     return floats
 
 def update_moments(moments, scores):
-    """Adds scores to [count, mean, squares about it] -> mean, standard deviation (Welford)."""
+    """Adds scores to [count, mean, squared deviations] -> mean, standard deviation (Welford)."""
     for score in scores.tolist():
         moments[0] += 1
         delta = score - moments[1]
@@ -963,16 +966,16 @@ def update_moments(moments, scores):
     return moments[1], math.sqrt(moments[2] / max(moments[0] - 1, 1))
 
 def show(text):
-    """Without control characters: a response must not steer the terminal."""
+    """The text without control characters: a response must not steer the terminal."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 def to_cell(text):
-    """For a table in Markdown: a response must add no column, and no image from elsewhere."""
+    """Escapes a Markdown table's cell: a response must add no column and load no remote image."""
     return re.sub(r"[^\w ]|_", lambda match: f"&#{ord(match[0])};", show(text))
 
 # ---- 9. What is logged -------------------------------------------------------------------------
 
-CHARTS = {  # TensorBoard's page. tag: what it is, or (that, healthy from, to, advice outside it)
+CHARTS = {  # "page: chart": {tag: meaning, or (meaning, healthy from, to, advice outside that)}
     "4 models: score and gold": {
         "reward/score_mean": "score of a response, raw", "reward/after_kl": "score - kl_coef KL",
         "reward/score_std": ("deviation of scores", 1e-6, None, "all equal: look at the reward"),
@@ -1012,7 +1015,7 @@ METRICS = {tag: row if isinstance(row, tuple) else (row, None, None, "")
            for tags in CHARTS.values() for tag, row in tags.items()}
 
 def add_policy_metrics(metrics, policy_loss, action_log_probs, batch, clip_eps, clip_eps_high):
-    """Adds sums over a micro-batch's real tokens: padding would only thin them out (Trap 25)."""
+    """Adds a micro-batch's sums over real tokens: padding would dilute the means (Trap 25)."""
     mask = batch.action_mask.bool()
     log_ratio = (action_log_probs - batch.old_action_log_probs)[mask]
     ratio, advantages = log_ratio.exp(), batch.advantages[mask]
@@ -1033,8 +1036,8 @@ def add_value_metrics(metrics, value_loss, values, batch, value_clip_eps):
     metrics["value_clip_fraction"] += (moved > (value_clip_eps or math.inf)).sum().item()
 
 def finish_metrics(metrics):
-    """Sums -> means over the tokens of the step, of all processes; losses, which have the
-    denominator of a process' share -> their mean."""
+    """Sums of each process -> means over all tokens of the step. Losses, already divided by the
+    denominator of a process' share, are averaged over the processes."""
     parts = gather(metrics)
     tokens = sum(part["tokens"] for part in parts)
     joins = dict(ratio_max=max, tokens=sum, policy_loss=numpy.mean, value_loss=numpy.mean)
@@ -1042,14 +1045,14 @@ def finish_metrics(metrics):
         [part[name] for part in parts])) for name in metrics}
 
 def get_rollout_metrics(rows):
-    """Rows -> means over all real tokens of a rollout, or over its responses."""
+    """Rows -> dict of means over all real tokens of a rollout, or over its responses."""
     batch, n = collate_fn(rows), len(rows)
     mask = batch.action_mask.bool()
     k3 = compute_approx_kl(batch.old_action_log_probs, batch.ref_action_log_probs, mask, "k3")
     scores = torch.tensor([row.info["raw_score"] for row in rows], dtype=torch.float64)
     returns, errors = batch.returns[mask], (batch.returns - batch.values)[mask]
     spread, scale = returns.var(correction=0), (returns.square() + errors.square()).mean()
-    # Equal returns, but for rounding, leave nothing to explain: 0, and not -1e8.
+    # Returns that differ by rounding alone leave V nothing to explain: 0, and not -1e8.
     unexplained = errors.var(correction=0) / spread if spread > 1e-10 * scale else 1.0
     metrics = dict(
         score_mean=scores.mean(), score_std=scores.std(correction=0),
@@ -1065,26 +1068,26 @@ def get_rollout_metrics(rows):
 
 # ---- 10. The run around the loop ---------------------------------------------------------------
 #
-# `train` says what is learnt, `Run` what is done around it: goes_on (a snapshot, the seed), phases
-# timed and guarded, epochs, finish_rollout (log, trace, evaluate, save). Until its first optimizer
-# step a rollout can be dropped without loss, for its snapshot is saved; after it, it is finished.
+# `train` says what is learnt, `Run` does the rest: goes_on (takes a snapshot, sets the seed), phase
+# (times and guards), epochs, finish_rollout (logs, traces, evaluates, saves). A rollout that is
+# stopped before its first optimizer step is dropped: its start is saved. After that it is finished.
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, raised when the state has been saved."""
+    """Ctrl-C or SIGTERM. `phase` catches it, saves the state and raises it again."""
 
 @dataclass
 class State:
-    """What rollouts change beside weights and optimizers."""
-    rollout: int = 0
-    kl_coef: float = 0.0
-    ppo1_beta: float = 1.0
-    best: float = -math.inf
-    best_gold: float = -math.inf
-    score_moments: list = field(default_factory=lambda: [0, 0.0, 0.0])
+    """What a rollout changes besides weights and optimizers; checkpoints hold it."""
+    rollout: int = 0              # how many are finished
+    kl_coef: float = 0.0          # as adapted or annealed so far
+    ppo1_beta: float = 1.0        # as adapted so far
+    best: float = -math.inf       # held-out score - kl_coef x KL of the actor saved in `best`
+    best_gold: float = -math.inf  # highest mean of gold_fn in a rollout
+    score_moments: list = field(default_factory=lambda: [0, 0.0, 0.0])  # as update_moments has them
 
 class Run:
     """Log, evaluation, checkpoints and signals around the loop of `train`. `steps` and `metrics`
-    are those of the rollout under way, `snapshot` is its start: what is saved if it is dropped."""
+    belong to the current rollout; `snapshot` is the State at its start, saved if it is dropped."""
 
     def __init__(self, models, optimizers, sampling, scoring, prompts_dataset, eval_dataset,
                  writer):
@@ -1093,7 +1096,7 @@ class Run:
         self.prompts_dataset = to_dataset(prompts_dataset, sampling)
         self.eval_dataset = eval_dataset and to_dataset(eval_dataset, sampling)
         asked = episodes * len(self.prompts_dataset) / rollout_batch_size
-        self.rollouts = math.ceil(round(asked, 6)) or 1  # 1.1 * 50 > 55
+        self.rollouts = math.ceil(round(asked, 6)) or 1  # in floats 1.1 * 50 > 55
         steps = max_epochs * math.ceil(rollout_batch_size * n_samples_per_prompt / train_batch_size)
         if self.rollouts <= critic_warmup:
             say(f"  ! critic_warmup = {critic_warmup} of {self.rollouts} rollouts: no actor learns")
@@ -1102,21 +1105,21 @@ class Run:
         if self.rollouts * steps <= warmup_steps:
             say(f"  ! warmup_steps = {warmup_steps} of {self.rollouts * steps}: rates only rise")
         self.state = State(kl_coef=kl_coef)
-        self.steps, self.metrics, self.strikes = [], {}, defaultdict(int)
-        self.now, self.stopping, self.after = None, False, []
-        self.signals = contextlib.ExitStack()  # closed, it puts the handlers of before back
+        self.steps, self.metrics, self.strikes = [], {}, defaultdict(int)  # strikes: see `log`
+        self.now, self.stopping, self.after = None, False, []  # phase, signalled?, last evaluation
+        self.signals = contextlib.ExitStack()  # its close() puts the former handlers back
 
     def start(self):
-        """Resumes, checks the models, looks at the held-out prompts -> the state."""
+        """Resumes, runs the self-check, evaluates the reference -> the State."""
         if path := find_checkpoint():
             load_checkpoint(path, self)
-        for other in list_checkpoints() if rank() == 0 else []:  # newer: another course
+        for other in list_checkpoints() if rank() == 0 else []:  # newer ones go aside
             if not path or other[-6:] >= path[-6:] and not os.path.samefile(other, path):
                 shutil.rmtree(other + ".aside", ignore_errors=True)
                 os.rename(other, other + ".aside")
         if self_check != "off":
             run_self_check(self)
-        if self.writer and not is_ours(path):  # else it goes on in a folder that has them
+        if self.writer and not is_ours(path):  # else the folder has them from before
             lines = [f"| {name} | {show(repr(value))} |" for name, value in get_constants().items()]
             self.writer.add_text("constants", "\n".join(["| constant | value |", "|-|-|", *lines]))
             pages = defaultdict(dict)
@@ -1124,22 +1127,22 @@ class Run:
                 page, chart = title.split(": ")
                 pages[page][chart] = ["Multiline", list(tags)]
             self.writer.add_custom_scalars(pages)
-        self.before = self.evaluate(self.models[3], log=not path)  # the reference: the actor before
+        self.before = self.evaluate(self.models[3], log=not path)  # ref is the actor before PPO
         for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # threads other than the main one may not
+            with contextlib.suppress(ValueError):  # only the main thread may set handlers
                 self.signals.callback(signal.signal, number, signal.signal(number, self.on_signal))
         return self.state
 
     def goes_on(self):
-        """Is there another rollout? What it draws is a function of its number (and of the process),
-        as its prompts and rates are: a resumed run draws the same, and nothing of it is saved."""
+        """Is there another rollout? Seeds it from its number (and the process'), which also gives
+        its prompts and rates: a resumed run draws the same without any saved random state."""
         self.snapshot = copy.deepcopy(vars(self.state))
         transformers.set_seed((seed * 1_000_003 + self.state.rollout * 1009 + rank()) % 2 ** 32)
         return self.state.rollout < self.rollouts
 
     def next_prompts(self):
-        """Each episode is an order of its own, and the last rollout of one is filled from the next.
-        A function of the rollout's number: no position has to be saved."""
+        """The rollout's prompts. Each episode shuffles anew; its last rollout is filled up from the
+        next episode. All follows from the rollout's number: no position has to be saved."""
         prompts, queue = list(self.prompts_dataset), []
         episode, place = divmod(self.state.rollout * rollout_batch_size, len(prompts))
         while len(queue) < place + rollout_batch_size:
@@ -1148,14 +1151,14 @@ class Run:
         return queue[place:place + rollout_batch_size]
 
     def epochs(self, buffer):
-        """All minibatches of all epochs, the learning rates set for each."""
+        """Yields all minibatches of all epochs, with the learning rates set for each."""
         steps = max_epochs * math.ceil(len(buffer.rows) / train_batch_size)
         step, rates = self.state.rollout * steps, dict(actor_lr=actor_lr, critic_lr=critic_lr)
-        self.metrics["kl_coef"] = self.state.kl_coef  # of now: `train` may adapt both after this
+        self.metrics["kl_coef"] = self.state.kl_coef  # as used; `train` may adapt both later
         if policy_loss == "ppo1":
             self.metrics["ppo1_beta"] = self.state.ppo1_beta
         for _ in range(max_epochs):
-            order = torch.Generator().manual_seed(seed * 1_000_003 + step)  # one in all processes
+            order = torch.Generator().manual_seed(seed * 1_000_003 + step)  # alike in all processes
             for experience in buffer.minibatches(train_batch_size, order):
                 factor = get_lr_factor(step, self.rollouts * steps)
                 for optimizer, (name, lr) in zip(self.optimizers, rates.items()):
@@ -1164,17 +1167,17 @@ class Run:
                 step += 1
 
     def mean(self, name, steps=None):
-        """Of a train_step metric over the rollout's steps, or some, weighted by their tokens."""
+        """Mean of a train_step metric over the rollout's steps, or `steps`, weighted by tokens."""
         pairs = [(step[name], step["tokens"]) for step in steps or self.steps]
         return sum(value * tokens for value, tokens in pairs) / sum(tokens for _, tokens in pairs)
 
     def last_kl(self):
-        """KL(old, new) a token, of the last epoch: in the first steps the new policy is the old."""
+        """KL(old, new) a token in the last epoch: in the first steps new and old hardly differ."""
         return self.mean("approx_kl", self.steps[-(len(self.steps) // max_epochs):])
 
     @contextlib.contextmanager
     def phase(self, name):
-        """Times a phase. A signal saves all and ends the run; a loss not finite saves the actor."""
+        """Times a phase. Saves all when a signal stopped it, the actor if a loss is not finite."""
         start, self.now = time.perf_counter(), name
         try:
             if name != "evaluate" and any(gather(self.stopping)):
@@ -1189,17 +1192,17 @@ class Run:
             raise InputError(
                 f"rollout {self.state.rollout + 1}, optimizer step {len(self.steps) + 1}: {error}; "
                 f"lower actor_lr or critic_lr{saved}") from None
-        except Exception:  # of reward_fn, most likely: no weight of this rollout has moved
+        except Exception:  # most likely in reward_fn: no weight has moved in this rollout
             if self.state.rollout and name != "train" and world_size() == 1:
                 if save_checkpoint(self):
                     say("  saved: set resume = 'latest' to go on")
             raise
         finally:
-            if name not in self.metrics:  # the run ends here
+            if name not in self.metrics:  # an exception: the run ends
                 self.signals.close()
 
     def on_signal(self, *_):
-        """The first one stops in good order, a second one at once."""
+        """The first signal stops the run in good order, a second one at once."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         self.stopping = True
@@ -1208,7 +1211,7 @@ class Run:
             raise Stopped  # drops this rollout; `phase` saves its start
 
     def finish_rollout(self, rows):
-        """Logs it, evaluates and saves where it is time to."""
+        """Logs the rollout; evaluates and saves if eval_every and save_every say so."""
         state = self.state
         metrics = self.metrics | {name: self.mean(name) for name in self.steps[0]}
         if "ratio_max" in metrics:
@@ -1222,7 +1225,7 @@ class Run:
         state.rollout += 1
         done, last = state.rollout, state.rollout == self.rollouts
         left = int(seconds * (self.rollouts - done))
-        m = defaultdict(float, metrics)  # 0 for the policy's while only the critic learns
+        m = defaultdict(float, metrics)  # the policy's are 0 while only the critic learns
         say(f"ep {episode:2d} {done:3d}/{self.rollouts} score {m['score_mean']:6.2f} "
             f"kl {m['ref_k1']:5.2f} loss {m['policy_loss']:6.3f} {m['value_loss']:6.3f} "
             f"clip {m['clip_fraction']:.2f} len {m['response_length']:4.1f} "
@@ -1231,9 +1234,9 @@ class Run:
         if trace_every and done % trace_every == 0:
             text = trace(rows, self.models[0], self.sampling["actor_tokenizer"],
                          metrics["kl_coef"] if kl_in == "reward" else 0.0)
-            # Indented, so that Markdown leaves it as it is.
+            # Indented, it is code to Markdown, which leaves it as it is.
             self.plot("add_text", "trace", "    " + text.replace("\n", "\n    "), done)
-        self.steps, self.metrics, self.snapshot = [], {}, vars(state)  # until `goes_on` copies it
+        self.steps, self.metrics, self.snapshot = [], {}, vars(state)  # live until `goes_on`
         if last or eval_every and done % eval_every == 0:
             with self.phase("evaluate"):
                 self.after = self.evaluate(self.models[0])
@@ -1241,7 +1244,7 @@ class Run:
             save_checkpoint(self)
 
     def plot(self, kind, *what):
-        """To TensorBoard. Its writer ends with its first error, of a full disk; the run goes on."""
+        """writer.<kind>(*what). After an error (a full disk) the run goes on without curves."""
         try:
             if self.writer:
                 getattr(self.writer, kind)(*what)
@@ -1250,13 +1253,13 @@ class Run:
             self.writer.all_writers = self.writer = None  # its close would raise it again
 
     def log(self, metrics):
-        """All tags, and advice where one is outside of its range for the third time in a row."""
-        allowed = {  # what is aimed at; and 0.1 suits a gold from 0 to 1, and may be noise
+        """Plots all metrics; gives advice when one is out of its range three times in a row."""
+        allowed = {  # upper bounds rise to the targets that are set, and gold's 0.1 to its noise
             "policy/approx_kl": 1.5 * (target_kl or 0), "kl/ref_k3": 1.5 * (kl_target or 0),
             "reward/gold_lost": metrics.get("gold_noise", 0)}
-        silent = ["rollout/ended", "rollout/response_length"] * (max_new_tokens == 1)  # no room
+        silent = ["rollout/ended", "rollout/response_length"] * (max_new_tokens == 1)  # both low
         silent += ["reward/score_std"] * (rollout_batch_size * n_samples_per_prompt == 1)
-        # One step clips nothing; and a rate that target_kl or the schedule holds is not too low.
+        # One step clips nothing; nor is actor_lr too low where target_kl or lr_schedule holds it.
         cut = any(step.get("approx_kl", 0) > (target_kl or math.inf) for step in self.steps[-1:])
         if len(self.steps) == 1 or cut or metrics.get("actor_lr", actor_lr) < actor_lr / 2:
             silent.append("policy/clip_fraction")
@@ -1271,7 +1274,7 @@ class Run:
                 say(f"  ! {tag} ({what}) is {value:.3g}, the third time in a row: {advice}")
 
     def evaluate(self, actor_model, log=True):
-        """Held-out prompts -> rows; to TensorBoard too. Keeps the best actor so far."""
+        """Held-out prompts -> rows. With `log`: to TensorBoard too, and saves the best actor."""
         if not self.eval_dataset:
             return []
         rows = evaluate(self.eval_dataset, actor_model, *self.models[1:], self.sampling,
@@ -1290,35 +1293,35 @@ class Run:
         return rows
 
     def save_actor(self, name):
-        """runs/<run_name>/<name>: an ordinary folder for `from_pretrained`, with the tokenizer."""
+        """Writes runs/<run_name>/<name>, for `from_pretrained`, with tokenizer -> did it work?"""
         weights = to_whole(self.models[0].state_dict())
         return write_folder(os.path.join(run_folder(), name), lambda folder: save_model(
             self.models[0], weights, self.sampling["actor_tokenizer"], folder))
 
     def finish(self):
         self.signals.close()
-        self.after = self.after or self.evaluate(self.models[0], log=False)  # resumed at its end
+        self.after = self.after or self.evaluate(self.models[0], log=False)  # resumed when done
         return self
 
 # ---- 11. Checkpoints ---------------------------------------------------------------------------
 #
-# runs/<run_name>/checkpoints/rollout-000020, after 20 rollouts: actor/ as from_pretrained wants it
-# (of an adapter actor.safetensors), critic.safetensors, rest.pt (both optimizers, State, constants)
-# and manifest.json: hashes. No random numbers: goes_on sets them. Whatever has this name is whole.
+# runs/<run_name>/checkpoints/rollout-000020, after 20 rollouts: actor/ for from_pretrained (with
+# lora_rank actor.safetensors), critic.safetensors, rest.pt (both optimizers, State, constants) and
+# manifest.json (hashes). No random state: goes_on seeds. A folder with such a name is complete.
 
 def run_folder():
     return os.path.join("runs", run_name)
 
 def is_ours(path):
-    """Does it lie in this run's folder?"""
+    """Does the path lie in this run's folder?"""
     return path and os.path.realpath(path).startswith(os.path.realpath(run_folder()) + os.sep)
 
 def claim_run_folder(path):
-    """A lock keeps out a second run of this name while this one lives: they would mix. What a kill
-    left half written goes; the folder of an earlier run is put aside, but for one to resume."""
+    """Locks the run's name while this run lives: a second run would mix in its files. Deletes what
+    a kill left half written; moves an earlier run's folder aside, unless `path` resumes from it."""
     with refuse(f"{run_folder()} cannot be written"):
         os.makedirs("runs", exist_ok=True)
-        lock = claim_run_folder.lock = open(f"{run_folder()}.lock", "w")  # an earlier one closes
+        lock = claim_run_folder.lock = open(f"{run_folder()}.lock", "w")  # frees an earlier one
     try:
         import fcntl
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1328,8 +1331,8 @@ def claim_run_folder(path):
         pass
     for half in glob.glob(run_folder() + "/**/*.tmp", recursive=True):
         shutil.rmtree(half, ignore_errors=True)
-    for old in glob.glob(run_folder() + "/*.old"):  # killed between the two renames
-        with contextlib.suppress(OSError):  # or after them
+    for old in glob.glob(run_folder() + "/*.old"):  # a kill between write_folder's two renames
+        with contextlib.suppress(OSError):  # or after both: the new folder is there
             os.rename(old, old.removesuffix(".old"))
     if not is_ours(path) and os.path.exists(run_folder()):
         aside = next(f"{run_folder()}.{n}" for n in itertools.count(1)
@@ -1338,22 +1341,22 @@ def claim_run_folder(path):
         say(f"the earlier {run_folder()} is now {aside}")
 
 def get_constants():
-    """Their values; functions and lists, which are no data of ours, by their names."""
+    """{constant: value} to log and save: of a function its name, of a list just the word list."""
     return {name: value if isinstance(value, (int, float, str, type(None)))
             else getattr(value, "__name__", type(value).__name__)
             for name in CONSTANTS for value in [globals()[name]]}
 
 def flush(path):
-    """A file to disk -> its hash."""
-    with open(path, "r+b" if os.name == "nt" else "rb") as file:  # Windows flushes no other
+    """Forces the bytes of a file onto the disk -> their SHA-256."""
+    with open(path, "r+b" if os.name == "nt" else "rb") as file:  # Windows: writable ones only
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 def write_folder(path, write):
-    """Calls write(folder) on a temporary folder, flushes that to disk, renames it to `path`: at any
-    time there is the whole of it, or what was there before. -> did it work? Says so if not."""
+    """Calls write(folder) on a temporary folder, flushes that to disk and renames it to `path`: a
+    kill leaves the whole new folder or the whole old one. -> did it work? Says why if not."""
     if rank() > 0:
-        return gather(None)[0]  # waits for the first, and for what it tells
+        return gather(None)[0]  # waits for what the first process reports
     temporary, old, saved = path + ".tmp", path + ".old", False
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -1377,22 +1380,22 @@ def write_folder(path, write):
     return gather(saved)[0]
 
 def save_model(model, weights, tokenizer, folder):
-    tied = getattr(model, "all_tied_weights_keys", ())  # joined from parts they are two copies
+    tied = getattr(model, "all_tied_weights_keys", ())  # to_whole makes two copies of these
     model.save_pretrained(folder, state_dict={k: w for k, w in weights.items() if k not in tied})
     tokenizer("")  # else the last call's padding and max_length are saved as the tokenizer's own
     tokenizer.save_pretrained(folder)
 
 def save_checkpoint(run):
-    """The start of the rollout that is to come -> is it on disk? The last keep_checkpoints stay."""
+    """Writes weights, optimizers, run.snapshot -> is it on disk? The last keep_checkpoints stay."""
     path = f"{run_folder()}/checkpoints/rollout-{run.snapshot['rollout']:06d}"
-    if gather(os.path.exists(path))[0]:  # of this very state: newer ones are put aside on resume
+    if gather(os.path.exists(path))[0]:  # of this very state: `start` puts newer ones aside
         return True
     parts = (*run.models[:2], *run.optimizers)
     actor, critic, *optimizers = (to_whole(part.state_dict()) for part in parts)
     rest = dict(constants=get_constants(), state=run.snapshot, optimizers=optimizers)
 
     def write(folder):
-        run.plot("flush")  # a run that goes on from here will not write these points again
+        run.plot("flush")  # a run resumed from here will not plot these points again
         if lora_rank:
             safetensors.torch.save_file(actor, f"{folder}/actor.safetensors")
         else:
@@ -1406,7 +1409,7 @@ def save_checkpoint(run):
     return saved
 
 def list_checkpoints():
-    """Oldest first."""
+    """Paths of this run's checkpoints, the oldest first."""
     return sorted(glob.glob(f"{run_folder()}/checkpoints/rollout-{'[0-9]' * 6}"))
 
 def find_checkpoint():
@@ -1445,15 +1448,15 @@ def load_checkpoint(path, run):
             model.load_state_dict({k: to_part(w, own.get(k, w)) for k, w in weights.items()})
             for i, state in saved["state"].items():
                 saved["state"][i] = {k: to_part(t, params[i]) for k, t in state.items()}
-            saved["param_groups"] = optimizer.state_dict()["param_groups"]  # of now
+            saved["param_groups"] = optimizer.state_dict()["param_groups"]  # as constants now say
             optimizer.load_state_dict(saved)
     run.state = State(**rest["state"])
     changed = {name for name, new in get_constants().items() if rest["constants"].get(name) != new}
-    if kl_target is None or "kl_coef" in changed:  # else the adapted one goes on
+    if kl_target is None or "kl_coef" in changed:  # else the adapted value goes on
         run.state.kl_coef = kl_coef
     if not is_ours(path) or changed & {"kl_coef", "reward_name", "reward_fn", "eval_prompts_file"}:
-        run.state.best = -math.inf  # that of another folder, or by another measure
-    if changed & {"reward_name", "reward_fn"}:  # so are these: other scores, another gold
+        run.state.best = -math.inf  # the old one is of another folder, or by another measure
+    if changed & {"reward_name", "reward_fn"}:  # moments of other scores; below, another gold
         run.state.score_moments = State().score_moments
     if changed & {"gold_fn", "prompts_file"}:
         run.state.best_gold = -math.inf
@@ -1462,12 +1465,12 @@ def load_checkpoint(path, run):
 # ---- 12. Self-check ----------------------------------------------------------------------------
 
 def run_self_check(run):
-    """Tries what the formulas rest on, on these models and prompts, a line for each check. A failed
-    one stops the run, or warns, as the constant self_check says. Leaves gradients, which train_step
-    clears, and other random numbers."""
+    """Tests what the formulas assume on these models and prompts, and prints a line for each check.
+    A failed one stops the run or only warns, as the constant self_check says. Leaves gradients,
+    which train_step clears, and a changed random state."""
     head, failed = run.models[1].value_head.weight, []
     saved = head.detach().clone()
-    nn.init.xavier_normal_(head)  # at 0 it would agree with everything
+    nn.init.xavier_normal_(head)  # a head of 0 would pass every check
     for name, numbers, limit, advice in check_forward(run):
         off = torch.as_tensor(numbers).float().abs().max().item()
         tick, hint = ("✓", "") if off < limit else ("✗", f". {advice}")
@@ -1478,10 +1481,10 @@ def run_self_check(run):
         raise InputError(f"self-check: {failed[0]}: not so; mend it, or set self_check = 'warn'")
 
 def check_forward(run):
-    """Yields for each check its name, numbers, the limit below which they should be, and what to
-    change where they are not."""
+    """Yields for each check its name, the numbers found, the limit that they must stay below, and
+    advice if they do not."""
     actor, critic, _, ref = run.models
-    rounding = 1e-4 if device == "cpu" else math.inf  # that of bf16 is reported and not judged
+    rounding = 1e-4 if device == "cpu" else math.inf  # bf16's is reported and not judged
     small = [p for model in (actor, critic) for p in model.parameters()
              if p.requires_grad and p.dtype.itemsize < 4]
     yield ("trained weights have 32 bits", len(small), 1,
@@ -1514,7 +1517,7 @@ def check_forward(run):
         both = torch.stack([compute_log_probs(actor, *inputs, temperature), critic(*inputs)])
         return both * batch.action_mask
 
-    here, others = outputs(seqs), (seqs == 0).long()  # each token another one
+    here, others = outputs(seqs), (seqs == 0).long()  # others: every token is a wrong one
     old, alone = (torch.stack([b.old_action_log_probs, b.values]) for b in (batch, alone))
     yield "the ratio is 1 at step 0", here[0] - old[0], rounding, "Is dropout on?"
     if run.state.rollout == 0:
@@ -1533,19 +1536,19 @@ def check_forward(run):
     yield from check_update(run, rows, rounding)
 
 def check_update(run, rows, rounding):
-    """The same of a backward, of the weights and of the reward model."""
+    """More checks: of gradients, of shared and frozen weights, of the reward model."""
     actor, critic, reward, _ = run.models
-    weights = [{p.data_ptr() or id(p): p for p in model.parameters()}  # 0: of a divided model
+    weights = [{p.data_ptr() or id(p): p for p in model.parameters()}  # 0 under FSDP2
                for model in run.models if isinstance(model, nn.Module)]
-    norms, optimizer = [], Mock()  # it clears no gradient and moves no weight
+    norms, optimizer = [], Mock()  # a Mock clears no gradient and moves no weight
     for p in (weights[0] | weights[1]).values():
-        p.grad = None  # of an earlier training
+        p.grad = None  # left by an earlier training
     for size in (1, len(rows)):
         step = train_step(rows, actor, critic, optimizer, optimizer, size, temperature,
                           loss_agg=loss_agg, max_grad_norm=math.inf)
         norms.append(step["actor_grad_norm"] + step["critic_grad_norm"])
         for p in (weights[0] | weights[1]).values():
-            if p.grad is not None:  # the second size adds its own to this: the difference is left
+            if p.grad is not None:  # negated: after the second size the difference is left
                 p.grad.neg_()
     yield ("micro-batches of 1 and of all: one gradient", norms[1] / norms[0], 10 * rounding,
            "Each loss needs the denominator of the whole step")
@@ -1559,7 +1562,7 @@ def check_update(run, rows, rounding):
             [rows[0].info["item"]["prompt"]] * len(texts), texts, reward,
             run.scoring["reward_tokenizer"], apply_chat_template, size)
             for size in (micro_train_batch_size, 1))
-        off = numpy.subtract(scores, alone) / max(1, *map(abs, scores))  # of large ones a part
+        off = numpy.subtract(scores, alone) / max(1, *map(abs, scores))  # relative if above 1
         yield ("a score alone is as in a batch", off, rounding,
                "The reward model reads padding: set micro_train_batch_size = 1")
         blind = max(scores) - min(scores) < 1e-6
@@ -1567,11 +1570,11 @@ def check_update(run, rows, rounding):
 
 # ---- 13. Several processes ---------------------------------------------------------------------
 #
-# `torchrun --nproc_per_node=N --shutdown_timeout=600 ppo.py` (the default, 30 s, can be too short
-# for an update that Ctrl-C waits for): each process holds an N-th of every weight of all models, of
-# its gradient and its Adam, and borrows the rest of a layer when that is used (torch's FSDP2). It
-# does an N-th of a rollout and of a minibatch; the finished rows are known to all, who compute the
-# same from them. Who gathers waits for the others: all must come by the same gathers in turn.
+# `torchrun --nproc_per_node=N --shutdown_timeout=600 ppo.py` (after Ctrl-C the default of 30 s can
+# be too short to finish an update). Each process holds an N-th of every model's weights, gradients
+# and Adam state, and fetches the rest of a layer while it uses that layer (torch's FSDP2). It works
+# on an N-th of a rollout or minibatch. All get all finished rows and compute the same from them.
+# `gather` waits for every process: all must make the same calls of it in the same order.
 
 def world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -1580,21 +1583,22 @@ def rank():
     return dist.get_rank() if world_size() > 1 else 0
 
 def start_processes():
+    """Under torchrun with several processes: gives each its GPU and lets them find each other."""
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         if device == "cuda":
             with refuse("there are fewer GPUs than processes: lower --nproc_per_node"):
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store, number, count = next(dist.rendezvous("env://"))
-        if os.environ["GROUP_WORLD_SIZE"] == "1":  # a restart would find addresses of before
+        if os.environ["GROUP_WORLD_SIZE"] == "1":  # else a restart reads old addresses
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(store=store, rank=number, world_size=count,
-                                timeout=datetime.timedelta(hours=1))  # for the first one to write
+                                timeout=datetime.timedelta(hours=1))  # all wait while one writes
 
 def place(model):
-    """To the device; of several processes each gets its part."""
+    """Moves a model to the device; of several processes each keeps only its part of it."""
     if world_size() == 1 or not isinstance(model, nn.Module):
         return model.to(device) if isinstance(model, nn.Module) else model
-    from torch.distributed.fsdp import fully_shard  # here, for it takes two seconds
+    from torch.distributed.fsdp import fully_shard  # here: importing it takes 2 s
     mesh = dist.init_device_mesh(device, (world_size(),))
     layer = transformers.modeling_layers.GradientCheckpointingLayer
     for module in [*(m for m in model.modules() if isinstance(m, layer)), model]:
@@ -1603,8 +1607,8 @@ def place(model):
 
 @contextlib.contextmanager
 def undivided(model):
-    """For `generate`: layers stay whole once they are gathered, or every token would send for
-    them. The first forward gathers all; how many follow is each process' own affair."""
+    """For `generate`: a layer stays whole once gathered, else each token would gather it. After the
+    first forward, which gathers all, each process may make as many more as its responses need."""
     parts = [module for module in model.modules() if hasattr(module, "reshard")]
     for part in parts:
         part.set_reshard_after_forward(False)
@@ -1614,25 +1618,26 @@ def undivided(model):
         part.reshard()
 
 def say(text):
-    with contextlib.suppress(OSError, RuntimeError):  # full disk, dead `| tee`, print in a print
+    """Prints in the first process alone. A console that fails must not end the run."""
+    with contextlib.suppress(OSError, RuntimeError):  # full disk, dead `| tee`, signal in a print
         if rank() == 0:
             print(text, flush=True)
 
 def gather(thing):
-    """-> a list of what each process gave, in all of them."""
+    """Each process gives a thing -> each gets the list of all of them, in the order of ranks."""
     things = [thing] * world_size()
     if len(things) > 1:
         dist.all_gather_object(things, thing)
     return things
 
 def my_share(rows):
-    """In each process as many; where they do not divide, the first come again at the end."""
+    """This process' part, of equal size in all; if rows run short, the first are used again."""
     size = math.ceil(len(rows) / world_size())
     return list(itertools.islice(itertools.cycle(rows), size * rank(), size * (rank() + 1)))
 
 def gather_rows(rows):
-    """The rows of all processes, in the order that one alone would have."""
-    def move(row, target):  # a copy: of a view, pickle would send all that is behind it
+    """The rows of all processes, in the order that a single process would have."""
+    def move(row, target):  # copies: pickle sends the whole storage behind a view
         tensors = {k: v.to(target, copy=True) for k, v in vars(row).items() if torch.is_tensor(v)}
         return replace(row, **tensors)
 
@@ -1642,35 +1647,35 @@ def gather_rows(rows):
     return [move(row, rows[0].seqs.device) for part in parts for row in part]
 
 def clip_gradients(model, max_norm):
-    """Scales gradients down to a norm of max_norm -> the norm before, that of all parts."""
+    """Scales gradients down to a norm of max_norm -> the norm before, over all processes' parts."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 def to_whole(tree):
-    """A state dict -> one with whole tensors for the first process to write, None for others."""
+    """A state dict -> whole tensors in the first process, which writes them; None in the others."""
     if isinstance(tree, dict):
         return {name: to_whole(value) for name, value in tree.items()}
     if hasattr(tree, "full_tensor"):
-        tree = tree.full_tensor().cpu()  # not all of them in one GPU
+        tree = tree.full_tensor().cpu()  # one GPU might not hold all
     return tree if rank() == 0 else None
 
 def to_part(tensor, like):
-    """The part of a whole tensor that this process has of `like`."""
+    """Whole tensor -> this process' part, divided as `like` is."""
     if tensor.shape != like.shape or not hasattr(like, "placements"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements,
-                             src_data_rank=None).clone()  # a view would keep the whole
+                             src_data_rank=None).clone()  # a view keeps the whole alive
 
 # ---- 14. Trace: one response, token by token ---------------------------------------------------
 
 @torch.no_grad()
 def trace(rows, actor_model, tokenizer, kl_coef):
-    """Prints and returns: a rollout's best and worst scored response, and as a table the one that
-    holds its largest |KL| of a token: look there first for a hacked reward. The numbers are the
-    run's own, `used` the whitened A, `new` that after all epochs. A mark says that the loss lets no
-    gradient of the token through any more: ^ clipped above, v below, d by the dual clip."""
-    def number(x):  # in 7 characters, with as many of 4 decimals as fit
+    """Prints and returns a rollout's best and worst response by score, and a table of the one with
+    the token of largest |KL|: look there first for a hacked reward. The numbers are the run's own;
+    `used` is the whitened A, `new` the log-prob after all epochs. A mark says why the token passes
+    no gradient any more: ^ clipped above, v clipped below, d by the dual clip."""
+    def number(x):  # in at most 7 characters: up to 4 decimals, as many as fit
         texts = (f"{x:z.{d}f}" for d in (4, 3, 2, 1, 0))  # z: no -0.0000
         return next((text for text in texts if len(text) < 8), f"{x:.0e}")
 
@@ -1705,14 +1710,14 @@ def trace(rows, actor_model, tokenizer, kl_coef):
     say("\n".join(lines))
     return "\n".join(lines)
 
-# ---- 15. What a run takes: less of it, and told before -----------------------------------------
+# ---- 15. Memory and time: taking less, and telling how much before the run ---------------------
 #
-# `recomputing` and `untied` change no number, `inverse_cdf` only which numbers are drawn. The bill
-# runs the real functions on tensors without memory, so that it cannot forget one of them.
+# `recomputing` and `untied` change no result; `inverse_cdf` only draws other random numbers. The
+# bill runs the real functions on tensors without memory, so that it cannot forget one of them.
 
 def recomputing(model):
-    """Gradient checkpointing works inside only. In eval() it does nothing, so the layers that
-    recompute are set to training, without what is in them: dropout stays off."""
+    """Inside, gradient checkpointing is on. It needs training mode: the layers that recompute get
+    it, but not the modules in them, so dropout stays off."""
     stack = contextlib.ExitStack()
     for layer in model.modules():
         if getattr(layer, "gradient_checkpointing", False):
@@ -1720,11 +1725,11 @@ def recomputing(model):
     return stack
 
 def inverse_cdf():
-    """Inside, `generate` draws tokens with one random number a row: torch.multinomial draws one for
-    each token of the vocabulary, at 152k a third of the time of sampling. In float64: in float32 a
-    sum over 152k probabilities would lose the rare ones."""
+    """Inside, `generate` draws a token with one random number; torch.multinomial takes one for each
+    token of the vocabulary, at 152k of them a third of the time of sampling. In float64: in float32
+    a sum over 152k probabilities would lose the rare ones."""
     def multinomial(probs, num_samples, *more, **options):
-        if more or options or num_samples != 1 or probs.dim() != 2:  # of another thread, a router
+        if more or options or num_samples != 1 or probs.dim() != 2:  # not of `generate`'s kind
             return own(probs, num_samples, *more, **options)
         cdf = probs.cumsum(-1, dtype=torch.float64)
         if not cdf[:, -1].isfinite().all():
@@ -1736,20 +1741,20 @@ def inverse_cdf():
     return patch.object(torch, "multinomial", multinomial)
 
 def untied(model):
-    """Inside, an lm_head that is also the embedding is a parameter of its own on the same memory,
-    and so is its gradient. Tied, autograd holds the gradients of both and their sum beside the one
-    that is there: at a vocabulary of 152k four times the largest tensor, instead of two."""
+    """Inside, an lm_head tied to the embedding is a parameter of its own that shares its memory
+    and its gradient. Else autograd holds the gradients of both uses and their sum beside the one
+    that is kept: at a vocabulary of 152k four times the largest tensor, instead of two."""
     head = getattr(model, "lm_head", None)
     tied = getattr(head, "weight", None)
     alone = tied is None or tied is not model.get_input_embeddings().weight or tied.grad is None
-    if alone or hasattr(tied, "placements"):  # or a part of one (FSDP2)
+    if alone or hasattr(tied, "placements"):  # not tied, no gradient yet; or divided (FSDP2)
         return contextlib.nullcontext()
     own = nn.Parameter(tied.detach())
     own.grad = tied.grad
     return patch.object(head, "weight", own)
 
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-    """Finds the `peak`: the most bytes that tensors made inside, and still alive, take together."""
+    """Finds the `peak`: the most bytes that tensors made inside take while alive together."""
 
     def __init__(self):
         super().__init__()
@@ -1759,21 +1764,21 @@ class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         made = function(*args, **(kwargs or {}))
         old, new = ({leaf.untyped_storage() for leaf in torch.utils._pytree.tree_leaves(tree)
                      if isinstance(leaf, torch.Tensor)} for tree in ((args, kwargs), made))
-        self.alive |= new - old  # no views, nothing in place
+        self.alive |= new - old  # new memory: no views, nothing in place
         self.peak = max(self.peak, sum(storage.nbytes() for storage in self.alive))
         return made
 
 def measure(name, model):
-    """A model without memory -> bytes of its weights, gradients and Adam, and the most that stands
-    beside them: activations and logits of a micro-batch, or those of `generate` and its cache."""
+    """A model without memory -> bytes of its weights, gradients and Adam state, and the peak beside
+    them: activations and logits of a micro-batch, or those of `generate` and its cache."""
     trained, rows = name in ("actor", "critic"), rollout_batch_size * n_samples_per_prompt
     grown = [p for p in model.parameters() if p.requires_grad]
     for p in grown:
         p.grad = torch.empty_like(p)  # as `train_step` keeps them: each micro-batch adds to them
     seqs = torch.ones(min(micro_train_batch_size, train_batch_size if trained else rows),
-                      max_length + max_new_tokens, dtype=torch.long)  # and their own mask
+                      max_length + max_new_tokens, dtype=torch.long)  # also used as the mask
     with Watch() as watch, torch.set_grad_enabled(trained), recomputing(model), untied(model):
-        if name == "reward":  # it cuts what it reads
+        if name == "reward":  # compute_scores cuts its input
             seqs = seqs[:, :getattr(model.config, "max_position_embeddings", None)]
             model(input_ids=seqs, attention_mask=seqs)
         else:
@@ -1782,18 +1787,18 @@ def measure(name, model):
         if trained:
             sum(map(torch.sum, output)).backward()
     with watch, torch.no_grad(), autocast(model):
-        if name == "actor":  # prompt and response at once: the cache as it is in the end
+        if name == "actor":  # prompt and response in one forward: the cache at its fullest
             gathered = [torch.empty_like(p) for p in model.parameters() if world_size() > 1]
             output = model(input_ids=seqs[:1].repeat(min(micro_rollout_batch_size, rows), 1),
                            use_cache=True, logits_to_keep=1)
-            output.logits.float().repeat(5, 1, 1)  # copied, tempered, softmax, its sums in 64 bits
+            output.logits.float().repeat(5, 1, 1)  # copy, / temperature, softmax, float64 cdf
     weights, grown = (sum(p.nbytes for p in group) / world_size()
                       for group in (model.parameters(), grown))
     return weights, grown, 2 * grown, watch.peak
 
 def get_memory():
-    """Bytes: what Python and the libraries take (of a GPU nothing), what is left for the run, also
-    by the limit of a container. Both are known on Linux alone."""
+    """-> bytes that Python and the libraries take already (on a GPU 0), bytes left for the run,
+    within a container's limit too. For a CPU only Linux tells them: elsewhere 0 and inf."""
     if device == "cuda":
         return 0, torch.cuda.mem_get_info()[0]
     group = "/sys/fs/cgroup/memory"
@@ -1806,8 +1811,8 @@ def get_memory():
     return base, free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 def show_bill():
-    """Prints what the run takes at the most, before anything large is allocated: its own functions
-    are run on tensors without memory. InputError: more than there is."""
+    """Prints the most memory that the run can take, before anything large is allocated: its own
+    functions are run on tensors without memory. InputError: that is more than there is."""
     def load_empty(constant, name):
         kind = "CausalLM" if constant == "actor_name" else "SequenceClassification"
         config = load(transformers.AutoConfig.from_pretrained, constant, name, pad_token_id=0)
@@ -1815,12 +1820,12 @@ def show_bill():
                     config, dtype=torch.float32).eval()
 
     mode = torch._subclasses.fake_tensor.FakeTensorMode()
-    # Critic copies a body, peft moves an adapter: tensors without memory can do neither.
+    # Critic copies a body and peft moves an adapter, which tensors without memory do not allow.
     copies = patch.object(torch.Tensor, "__deepcopy__", lambda tensor, memo: (
         tensor.detach().clone().requires_grad_(tensor.requires_grad)))
     stay = patch.object(nn.Module, "to", lambda module, *_, **__: module)
     blank = patch.object(transformers.PreTrainedModel, "initialize_weights", lambda model: None)
-    quiet = patch.object(torch._subclasses.fake_tensor.log, "disabled", True)  # we say it ourselves
+    quiet = patch.object(torch._subclasses.fake_tensor.log, "disabled", True)  # told below
     say("  MiB     parameters    weights  gradients       Adam    at work")
     fixed = work = 0
     with mode, copies, stay, blank, quiet, torch.device(device):
@@ -1834,7 +1839,7 @@ def show_bill():
                 say(f"  {name:8s}{sum(p.numel() for p in model.parameters()) / 1e6:10.2f} M"
                     + "%11.1f" * 4 % tuple(size / 2 ** 20 for size in sizes))
     base, free = get_memory()
-    # What an allocator cannot use again is on a CPU as much as the work; and libraries still load.
+    # Beside the work: freed memory that the allocator cannot use again, libraries still to load.
     total = fixed + work * (1.25 if device == "cuda" else 2.75) + 3 * 2 ** 26
     say(f"  at most {(base + total) / 2 ** 20:.0f} MiB, Python's {base / 2 ** 20:.0f} among them; "
         f"{device} has {(base + free) / 2 ** 20:.0f}")
@@ -1846,9 +1851,9 @@ def show_bill():
 # ---- 16. Adapters: four models on one trunk ----------------------------------------------------
 
 def add_adapters(trunk):
-    """Of one loaded model make actor, critic and reference. This is the trunk as it was; the other
-    two are modules of their own around the trunk's weights, each with an adapter, the critic with a
-    head: what they train, move and save is that alone. InputError: no peft."""
+    """One loaded model -> actor, critic, reference. The reference is the trunk itself; the others
+    are modules of their own around its weights, each with an adapter, the critic with a head too:
+    they train, move and save only these. InputError: peft is missing, or cannot wrap a layer."""
     with refuse(f"lora_rank = {lora_rank} needs peft: pip install peft, or set it to 0"):
         import peft
     for p in trunk.parameters():
@@ -1861,7 +1866,7 @@ def add_adapters(trunk):
             if hasattr(module, "parameter_name"):  # peft wraps a whole tensor of experts
                 raise InputError("lora_rank: adapters know no such mixture of experts: set it to 0")
             for name, p in list(module.named_parameters(recurse=False)):
-                if not p.requires_grad:  # the trunk's: an attribute here, and no parameter
+                if not p.requires_grad:  # the trunk's: here a plain attribute
                     delattr(module, name)
                     module.__dict__[name] = p
     actor_model.save_pretrained = functools.partial(save_merged, actor_model, trunk)
@@ -1869,8 +1874,8 @@ def add_adapters(trunk):
 
 @torch.no_grad()
 def save_merged(actor_model, trunk, folder, state_dict=None):
-    """A plain model, the adapter added to copies of the trunk's weights: added in place and taken
-    out again it would leave rounding in the reference. The adapter itself in folder/adapter."""
+    """Writes a plain model: copies of the trunk's weights with the adapter added. (Added in place
+    and subtracted again it would leave rounding in the reference.) The adapter: folder/adapter."""
     merged = {f"{name}.weight": (layer.base_layer.weight + layer.get_delta_weight("default")).cpu()
               for name, layer in actor_model.named_modules() if hasattr(layer, "base_layer")}
     trunk.save_pretrained(folder, state_dict=trunk.state_dict() | merged)
@@ -1895,11 +1900,11 @@ TONES = {"helpful": (1.0, ["gladly ,", "of course ,", "with pleasure ,"], ["!", 
 
 @functools.cache
 def make_grammar():
-    """All that can be said: {prompt: topic}, {(topic, tone, reasoned): replies} and, the way back,
-    {reply: (topic, tone, reasoned)}. A text is a sentence of the grammar if it is a key."""
+    """All that can be said: {prompt: topic}, {(topic, tone, reasoned): replies} and its inverse,
+    {reply: (topic, tone, reasoned)}. A text is a sentence of the grammar if it is a key here."""
     prompts = {ask.format(topic, occasion): topic for ask, topic, occasion in itertools.product(
         ASKS.split("|"), TOPICS, OCCASIONS.split("|"))}
-    # Reasons vary slowest: equal places (modulo length) in two lists have equal wording.
+    # Reasons vary slowest, so that equal places (modulo length) in two lists have equal wording.
     replies = {(topic, tone, reasoned): [
         f"{o} {v} {i}{r} {c}" for r, o, v, i, c in itertools.product(
             because, opens, ["try", "take", "pick"], items.split(), closes)]
@@ -1909,28 +1914,28 @@ def make_grammar():
 
 def gold(prompts, responses, **columns):
     """The hidden rule, in [0, 1]: on topic, helpful, with a reason, a third each; a text that the
-    grammar cannot make is worth 0. It labels the pairs and judges the end; PPO never sees it."""
+    grammar cannot make is worth 0. It labels the pairs and judges the result; PPO never sees it."""
     asked, _, said = make_grammar()
     aspects = [said.get(response.strip(), ("", "rude", False)) for response in responses]
     return [((topic == asked.get(str(prompt).strip())) + TONES[tone][0] + reasoned) / 3
             for prompt, (topic, tone, reasoned) in zip(prompts, aspects)]
 
 def draw_aspects(prompt, rng):
-    """(topic, tone, reasoned) of a reply for fine-tuning; 4 in 100 are as good as can be."""
+    """Draws (topic, tone, reasoned) of a reply for fine-tuning; 4 in 100 are right in all three."""
     topic = make_grammar()[0][prompt]
     if rng.random() < 0.5:
         topic = rng.choice([other for other in TOPICS if other != topic])
     return topic, rng.choices(list(TONES), [2, 4, 4])[0], rng.random() < 0.4
 
 def draw_pair(prompt, rng, differ):
-    """(chosen, rejected) replies. They differ only in the aspects at the places that one entry of
-    `differ` names (0 topic, 1 tone, 2 reason), so that nothing else explains the preference."""
+    """Draws (chosen, rejected) replies. They differ only in aspects that one entry of `differ`
+    names (0 topic, 1 tone, 2 reason), so that nothing else explains the preference."""
     first, second = draw_aspects(prompt, rng), draw_aspects(prompt, rng)
     places, wording = rng.choice(differ), rng.randrange(10 ** 6)
     second = tuple(both[i in places] for i, both in enumerate(zip(first, second)))
     pair = [texts[wording % len(texts)] for texts in map(make_grammar()[1].get, (first, second))]
     (low, rejected), (high, chosen) = sorted(zip(gold([prompt] * 2, pair), pair))
-    return (chosen, rejected) if low < high else draw_pair(prompt, rng, differ)  # a tie is no pair
+    return (chosen, rejected) if low < high else draw_pair(prompt, rng, differ)  # a tie: again
 
 def make_demo_tokenizer():
     """One token per word, no start token, and a chat template like those of real models."""
@@ -1946,7 +1951,7 @@ def make_demo_tokenizer():
                       "{% if add_generation_prompt %}<bot> {% endif %}")
 
 def fit(model, compute_loss, steps, lr):
-    """AdamW, the rate up over a tenth of the steps, then down to 0 as a cosine."""
+    """Trains by AdamW; the rate rises over a tenth of the steps, then falls to 0 as a cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False)
@@ -1964,7 +1969,7 @@ def compute_reward_loss(chosen, rejected):
     return -F.logsigmoid(chosen - rejected).mean()
 
 def build_demo(folder, seed):
-    """Write folder/actor, folder/reward, folder/prompts.txt and folder/eval_prompts.txt."""
+    """Trains folder/actor and folder/reward; writes folder/prompts.txt, folder/eval_prompts.txt."""
     rng, tokenizer = random.Random(seed), make_demo_tokenizer()
     topics, replies, _ = make_grammar()
     prompts = rng.sample([*topics], len(topics))
@@ -1987,7 +1992,7 @@ def build_demo(folder, seed):
         asked = rng.choices(prompts, k=32)
         inputs = encode(asked, [rng.choice(replies[draw_aspects(prompt, rng)]) for prompt in asked])
         is_bot = inputs.input_ids == tokenizer.convert_tokens_to_ids("<bot>")
-        is_reply = inputs.attention_mask * is_bot.cumsum(1) > is_bot  # <eos> is one of its words
+        is_reply = inputs.attention_mask * is_bot.cumsum(1) > is_bot  # <eos> included
         return actor_model(**inputs, labels=inputs.input_ids.where(is_reply, -100)).loss
 
     def score_pairs(prompts, differ, size=32):
@@ -1997,8 +2002,8 @@ def build_demo(folder, seed):
 
     def compute_pair_loss(differ):
         chosen, rejected = score_pairs(prompts, differ)
-        # Pairs compare replies to one prompt. What these have in common is left to luck, and other
-        # for each prompt: it is drawn to 0 (Eisenstein et al. 2023, arXiv 2312.09244, section 2).
+        # Pairs compare replies to one prompt. The level of its scores is left to luck and differs
+        # by prompt: it is drawn to 0 (Eisenstein et al. 2023, arXiv 2312.09244, section 2).
         return compute_reward_loss(chosen, rejected) + 0.02 * (chosen + rejected).square().mean()
 
     # Large logits from the start let few steps rule words out: 1.5% spoilt replies instead of 3%.
@@ -2014,19 +2019,19 @@ def build_demo(folder, seed):
     print(f"it agrees with people in {(chosen > rejected).float().mean():.1%} of held-out pairs")
     # Pairs fix differences only, not the unit. With a spread of 1, kl_coef means something.
     reward_model.score.weight.data /= scores.std()
-    unfinished = f"{folder}.{os.getpid()}.unfinished"  # renamed at the end: a kill leaves no half
+    unfinished = f"{folder}.{os.getpid()}.unfinished"  # renamed when complete
     for name, model in ("actor", actor_model), ("reward", reward_model):
         model.save_pretrained(f"{unfinished}/{name}")
         tokenizer.save_pretrained(f"{unfinished}/{name}")
     for name, lines in ("prompts", prompts), ("eval_prompts", eval_prompts):
         numpy.savetxt(f"{unfinished}/{name}.txt", lines, "%s")
-    with contextlib.suppress(OSError):  # another run was first
+    with contextlib.suppress(OSError):  # another run built it first
         os.rename(unfinished, folder)
     shutil.rmtree(unfinished, ignore_errors=True)
 
 # ---- 18. Main ----------------------------------------------------------------------------------
 
-RULES = {  # constants (those with a ? may be None): all that they can be, or in words and as a test
+RULES = {  # constants (with ?: or None): a list of what is allowed, or that in words and as a test
     "max_length rollout_batch_size n_samples_per_prompt micro_rollout_batch_size max_new_tokens "
     "max_epochs train_batch_size micro_train_batch_size kl_horizon keep_checkpoints":
         ("a whole number from 1", lambda x: type(x) is int and x >= 1),
@@ -2057,7 +2062,7 @@ RULES = {  # constants (those with a ? may be None): all that they can be, or in
 CONSTANTS = [name for name in list(globals()) if name in " ".join(RULES).replace("?", "").split()]
 
 def check_values():
-    """InputError for the first constant that cannot be, with what can."""
+    """InputError for the first constant with a value that is not allowed; it says what is."""
     for names, rule in RULES.items():
         words, right = rule if isinstance(rule, tuple) else (f"one of {rule}", rule.__contains__)
         for name in names.split():
@@ -2068,7 +2073,7 @@ def check_values():
         raise InputError("policy_loss = 'ppo1' needs a target_kl")
 
 def check_constants():
-    """The same for those that cannot be together."""
+    """The same, and InputError for constants that do not go together."""
     check_values()
     rows, processes = rollout_batch_size * n_samples_per_prompt, world_size()
     for wrong, sentence in (
@@ -2089,7 +2094,7 @@ def check_constants():
             raise InputError(sentence)
 
 def show_results(run):
-    """Held-out prompts before and after, and their means."""
+    """Prints some held-out replies before and after training, and means over all."""
     say("\nheld-out prompts: before, after")
     for pair in list(zip(run.before, run.after))[:4]:
         say(f"  {show(str(pair[0].info['item']['prompt']))[:90]}")
@@ -2109,7 +2114,7 @@ def main():
     global gold_fn
     start_processes()
     check_constants()
-    for source in (prompts_file, eval_prompts_file):  # now, not after a minute of building
+    for source in (prompts_file, eval_prompts_file):  # now: the demo takes a minute to build
         if source and not str(source).startswith("demo/"):
             read_prompts(source)
     transformers.set_seed(seed)
@@ -2142,7 +2147,7 @@ def main():
     if rank() == 0:
         claim_run_folder(path)
     from torch.utils.tensorboard import SummaryWriter
-    # In a fresh run a start is said too: TensorBoard purges nothing at a folder's first such mark.
+    # A fresh run gives purge_step too: TensorBoard ignores the first one that it finds in a folder.
     start = int(path[-6:]) + 1 if path else 0
     with (SummaryWriter(run_folder(), purge_step=start) if rank() == 0
           else contextlib.nullcontext()) as writer:
@@ -2162,7 +2167,7 @@ if __name__ == "__main__":
     try:
         main()
     except (InputError, FloatingPointError) as error:
-        time.sleep(5 * (rank() > 0))  # of several that say the same only the first does
+        time.sleep(5 * (rank() > 0))  # all fail alike: let only the first say it
         sys.exit(f"ppo.py: {error}")
     except KeyboardInterrupt as error:  # Stopped is one, and says how to go on
         sys.exit((str(error) or "stopped") if rank() == 0 else 1)
