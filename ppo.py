@@ -977,28 +977,28 @@ def to_cell(text):
 
 CHARTS = {  # "page: chart": {tag: meaning, or (meaning, healthy from, to, advice outside that)}
     "4 models: score and gold": {
-        "reward/score_mean": "score of a response, raw", "reward/after_kl": "score - kl_coef KL",
-        "reward/score_std": ("deviation of scores", 1e-6, None, "all equal: look at the reward"),
+        "reward/score_mean": "raw score of a response", "reward/after_kl": "score - kl_coef x KL",
+        "reward/score_std": ("deviation of scores", 1e-6, None, "all equal: check the reward"),
         "reward/gold": "gold score of a response",
-        "reward/gold_lost": ("gold below its best", None, 0.1, "reward is hacked: raise kl_coef")},
+        "reward/gold_lost": ("best gold - gold", None, 0.1, "reward is hacked: raise kl_coef")},
     "4 models: KL to the reference": {
         "kl/ref_k1": ("nats a response", -0.5, None, "sampling and scoring differ: Trap 8"),
-        "kl/ref_k3": ("the same, never negative", None, 100, "far from ref: raise kl_coef")},
+        "kl/ref_k3": ("nats a response, never below 0", None, 100, "far from ref: raise kl_coef")},
     "4 models: price of KL": {
         "kl/kl_coef": "price of a nat", "kl/ppo1_beta": "price of a nat of KL(old, new)"},
     "4 models: what V knows": {
         "value/explained_variance": ("1: V knows all", 0, None, "critic_warmup up, critic_lr down"),
-        "rollout/advantage_std": "before whitening"},
+        "rollout/advantage_std": "of A before whitening"},
     "4 models: entropy, share that ended": {
         "policy/entropy": ("nats a token", 0.01, None, "collapse: raise kl_coef or entropy_coef"),
-        "rollout/ended": ("share of responses", 0.05, None, "raise missing_eos_penalty")},
+        "rollout/ended": ("share of ended responses", 0.05, None, "raise missing_eos_penalty")},
     "4 models: response length": {
         "rollout/response_length": ("tokens", 2, None, "empty: lower missing_eos_penalty")},
     "2 losses: policy_loss, tokens clipped": {
-        "policy_loss": "its value is no progress: Trap 26",
+        "policy_loss": "does not measure progress: Trap 26",
         "policy/approx_kl": ("KL(old, new) a token", None, 0.1, "lower actor_lr, set target_kl"),
-        "policy/clip_fraction": ("share of tokens", 1e-9, 0.3, "lower actor_lr; at 0 raise it"),
-        "policy/clip_upper": "its part with A > 0", "policy/clip_lower": "its part with A < 0"},
+        "policy/clip_fraction": ("share of tokens", 1e-9, 0.3, "lower actor_lr; if 0, raise it"),
+        "policy/clip_upper": "those with A > 0", "policy/clip_lower": "those with A < 0"},
     "2 losses: ratio": {
         "policy/ratio_mean": ("pi / pi_old", 0.9, 1.1, "steps are too large: lower actor_lr"),
         "policy/ratio_max": ("pi / pi_old", None, 100, "steps are too large: lower actor_lr")},
