@@ -764,8 +764,8 @@ def read_prompts(source):
             with open(source, encoding="utf-8-sig") as file:
                 entries = {f"{source}, line {n}": line.strip() for n, line in enumerate(file, 1)
                            if line.strip()}
-        if not entries or isinstance(source, dict):  # a dict of columns is no list
-            raise ValueError("there is none")
+        if not entries or isinstance(source, dict):  # a dict of columns is not a list of prompts
+            raise ValueError("no prompt found")
         for where, item in entries.items():
             if isinstance(source, str) and source.endswith(".jsonl"):
                 item = json.loads(item)
@@ -775,14 +775,14 @@ def read_prompts(source):
             texts = [isinstance(turn, dict) and turn.get(key)
                      for turn in turns for key in ("role", "content")]
             if not all(isinstance(text, str) for text in texts) or not texts[-1].strip():
-                raise ValueError(f"{prompt!r} is no prompt")
-            "".join(texts).encode()  # ValueError: half of a character (JSON can spell one)
+                raise ValueError(f"{prompt!r} is not a prompt")
+            "".join(texts).encode()  # ValueError: half a surrogate pair, which JSON can spell
             if taken := {"text", "prompts", "responses"}.intersection(item):
                 raise ValueError(f"a column cannot be named {min(taken)}")
             items.append(item)
-    except (OSError, ValueError) as error:  # of the file, of Unicode, of JSON, or from here
-        raise InputError(f"{where}: {error}: write a text a line, or in a .jsonl JSON with "
-                         "`prompt`, a text, or `messages`, with role and content") from None
+    except (OSError, ValueError) as error:  # from the file, from Unicode or JSON, or from above
+        raise InputError(f"{where}: {error}: write one text per line, or in a .jsonl an object per "
+                         "line with `prompt` (a text) or `messages` (role, content)") from None
     columns = dict.fromkeys(name for item in items for name in item)
     return [columns | item for item in items]  # None where an item lacks a column
 
@@ -863,11 +863,11 @@ def load_tokenizer(constant, name):
     """With a pad token. InputError: no end token, one in every prompt, ids that the model lacks."""
     tokenizer = load(transformers.AutoTokenizer.from_pretrained, constant, name)
     if not (tokenizer.eos_token or constant == "reward_name" and tokenizer.pad_token):
-        raise InputError(f"{constant} = {name!r} has a tokenizer without end token: set eos_token")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # told apart by position
+        raise InputError(f"{constant} = {name!r}: its tokenizer has no end token: set eos_token")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks tell them apart
     if constant == "actor_name" and not apply_chat_template and adds_end(tokenizer):
-        raise InputError(f"{constant} = {name!r} has a tokenizer that ends each prompt with its "
-                         "end token: take that out of it (add_eos_token)")
+        raise InputError(f"{constant} = {name!r}: its tokenizer ends every prompt with the end "
+                         "token: turn that off in the tokenizer's files (add_eos_token)")
     config = load(transformers.AutoConfig.from_pretrained, constant, name).get_text_config()
     # A special token that is never written may lie beyond the vocabulary: Gemma 3 1B's for images.
     unused = get_special_tokens(tokenizer, len(tokenizer)) - {
@@ -877,8 +877,8 @@ def load_tokenizer(constant, name):
         if number >= getattr(config, "vocab_size", math.inf) and (
                 token not in unused or token in str(tokenizer.chat_template)):
             raise InputError(f"{constant} = {name!r}: its tokenizer has {token!r}, number "
-                             f"{number}, its model only {config.vocab_size} tokens: "
-                             "resize_token_embeddings")
+                             f"{number}, but its model only {config.vocab_size} tokens: enlarge "
+                             "the model with resize_token_embeddings")
     return tokenizer
 
 def load_model(constant, name):
@@ -890,7 +890,7 @@ def load_model(constant, name):
     model, info = load(getattr(transformers, f"AutoModelFor{kind}").from_pretrained, constant, name,
                        dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     if constant == "reward_name" and model.config.num_labels != 1:
-        raise InputError(f"{constant} = {name!r} has {model.config.num_labels} outputs, not 1")
+        raise InputError(f"{constant} = {name!r} has {model.config.num_labels} outputs, it needs 1")
     if constant != "critic_name" and (missing := info["missing_keys"]):
         raise InputError(f"{constant} = {name!r} has no trained {min(missing)}: name another model")
     for module in model.modules():  # eval() is not enough: `recomputing` sets layers to training
@@ -919,15 +919,15 @@ def make_models(load_model):
     for constant, model in (("actor_name", actor_model), ("critic_name", critic_model.base_model)):
         config, length = model.config.get_text_config(), max_length + max_new_tokens
         if length > get_positions(model):
-            raise InputError(f"max_length + max_new_tokens = {length}: lower one, {constant} has "
-                             f"{get_positions(model)} positions")
-        if constant == "critic_name" and model.can_generate():  # Llama 4: the body is the whole
-            raise InputError("critic_name: actor_name has no body without its head, name another")
+            raise InputError(f"max_length + max_new_tokens = {length}: lower one of them, as "
+                             f"{constant} has only {get_positions(model)} positions")
+        if constant == "critic_name" and model.can_generate():  # Llama 4: it keeps its lm_head
+            raise InputError("critic_name: set another model, for actor_name's body has an lm_head")
         if config.vocab_size < actor_model.config.get_text_config().vocab_size:
             raise InputError(f"{constant} knows fewer tokens than actor_name: name another model")
         if gradient_checkpointing:  # prepared here; `recomputing` switches it on
             if not model.supports_gradient_checkpointing:
-                raise InputError(f"gradient_checkpointing: {constant} has none, set it to False")
+                raise InputError(f"gradient_checkpointing: set it to False, {constant} has none")
             enable = getattr(model, "activation_checkpointing_enable", None)
             (enable or model.gradient_checkpointing_enable)()  # its name in older transformers
     return actor_model, critic_model, reward_model, ref_model
@@ -1101,7 +1101,7 @@ class Run:
         if self.rollouts <= critic_warmup:
             say(f"  ! critic_warmup = {critic_warmup} of {self.rollouts} rollouts: no actor learns")
         elif 0 < warmup_steps <= critic_warmup * steps:
-            say(f"  ! warmup_steps = {warmup_steps}: all are critic_warmup's, the actor has none")
+            say(f"  ! warmup_steps = {warmup_steps}: all are in critic_warmup, the actor has none")
         if self.rollouts * steps <= warmup_steps:
             say(f"  ! warmup_steps = {warmup_steps} of {self.rollouts * steps}: rates only rise")
         self.state = State(kl_coef=kl_coef)
@@ -1206,7 +1206,7 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         self.stopping = True
-        say("  stopping; once more to stop at once")
+        say("  stopping in good order; press Ctrl-C once more to stop at once")
         if self.now in ("generate", "score") and world_size() == 1:
             raise Stopped  # drops this rollout; `phase` saves its start
 
@@ -1248,9 +1248,9 @@ class Run:
         try:
             if self.writer:
                 getattr(self.writer, kind)(*what)
-        except Exception as error:  # OSError of TensorBoard's, anything of a writer of the user's
-            say(f"  ! no more curves ({error})")
-            self.writer.all_writers = self.writer = None  # its close would raise it again
+        except Exception as error:  # OSError from TensorBoard's, anything from a user's own writer
+            say(f"  ! TensorBoard cannot be written: no more curves ({error})")
+            self.writer.all_writers = self.writer = None  # else its close() would raise again
 
     def log(self, metrics):
         """Plots all metrics; gives advice when one is out of its range three times in a row."""
@@ -1326,7 +1326,7 @@ def claim_run_folder(path):
         import fcntl
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"another run writes to {run_folder()}: set run_name") from None
+        raise InputError(f"another run writes to {run_folder()}: change run_name") from None
     except (ImportError, OSError):  # Windows has no fcntl, some disks no locks
         pass
     for half in glob.glob(run_folder() + "/**/*.tmp", recursive=True):
@@ -1371,8 +1371,8 @@ def write_folder(path, write):
             os.rename(path, old)
         os.rename(temporary, path)
         saved = True
-    except Exception as error:  # OSError, or safetensors' and torch's own for a full disk
-        say(f"  ! {path} was not written ({error}); what was saved before is whole")
+    except Exception as error:  # a full disk: OSError, or an error of safetensors' or torch's own
+        say(f"  ! {path} was not written ({error}); what was saved before is intact")
         if os.path.exists(old) and not os.path.exists(path):
             os.rename(old, path)
     for left in temporary, old:
@@ -1419,7 +1419,7 @@ def find_checkpoint():
         return None
     path = os.path.normpath(path)
     if not re.fullmatch(r"rollout-\d{6}", os.path.basename(path)):
-        raise InputError(f"resume = {path!r} is no checkpoint: those are named rollout-000020")
+        raise InputError(f"resume = {path!r}: give 'latest' or a folder named like rollout-000020")
     good = [None, *(other for other in list_checkpoints() if other[-6:] < path[-6:])][-1]
     with refuse(f"checkpoint {path} is damaged, set resume = {good!r}"):
         for name, digest in json.loads(Path(path, "manifest.json").read_text()).items():
@@ -1429,8 +1429,8 @@ def find_checkpoint():
 
 def load_checkpoint(path, run):
     """Puts everything back: with half of Adam's state it would be another run (Trap 30).
-    InputError: it is of other models, or a constant that cannot change was changed."""
-    with refuse(f"resume: {path} cannot be put into this run"):
+    InputError: the checkpoint is of other models, or a constant that must stay was changed."""
+    with refuse(f"resume: checkpoint {path} does not fit this run"):
         rest = torch.load(f"{path}/rest.pt", map_location="cpu", weights_only=True)  # no pickle
         for name, old in rest["constants"].items():
             new = get_constants().get(name)
@@ -1478,7 +1478,7 @@ def run_self_check(run):
         failed += [name] if hint else []
     head.data.copy_(saved)
     if failed and self_check == "stop":
-        raise InputError(f"self-check: {failed[0]}: not so; mend it, or set self_check = 'warn'")
+        raise InputError(f"self-check: {failed[0]!r} fails: mend it, or set self_check = 'warn'")
 
 def check_forward(run):
     """Yields for each check its name, the numbers found, the limit that they must stay below, and
@@ -1488,7 +1488,7 @@ def check_forward(run):
     small = [p for model in (actor, critic) for p in model.parameters()
              if p.requires_grad and p.dtype.itemsize < 4]
     yield ("trained weights have 32 bits", len(small), 1,
-           "Load both with dtype=torch.float32: bf16 rounds small steps away (Trap 17)")
+           "Load actor and critic with dtype=torch.float32: bf16 loses small steps (Trap 17)")
     tokenizer, few = run.sampling["actor_tokenizer"], min(max_new_tokens, 16)
     end_tokens, pad = get_end_tokens(actor, tokenizer), tokenizer.pad_token_id
     prompts = sorted(list(run.prompts_dataset)[:64], key=lambda item: len(item["text"]))
@@ -1501,7 +1501,7 @@ def check_forward(run):
             return_dict_in_generate=True, output_scores=True, output_logits=True)
     drawn, scored = torch.stack(output.scores), torch.stack(output.logits) / temperature
     yield ("sampled is what is scored", drawn.softmax(-1) - scored.softmax(-1), 1e-4,
-           "`generate` filters or reweighs: look at the model's generation_config")
+           "`generate` filters or reweighs tokens: look at the model's generation_config")
 
     rows, alone, worse = (generate_experiences(
         samples_list, actor, critic, lambda prompts, responses, **_: [score] * len(responses), ref,
@@ -1521,7 +1521,7 @@ def check_forward(run):
     old, alone = (torch.stack([b.old_action_log_probs, b.values]) for b in (batch, alone))
     yield "the ratio is 1 at step 0", here[0] - old[0], rounding, "Is dropout on?"
     if run.state.rollout == 0:
-        yield "KL to the reference is 0 at step 0", batch.kl, rounding, "Load both from actor_name"
+        yield "KL to the reference is 0 at step 0", batch.kl, rounding, "Load ref from actor_name"
     pads = outputs(torch.where(batch.attention_mask.bool(), seqs, others)) - here
     yield "nothing under padding counts", pads, rounding, "The model ignores attention_mask"
     future = (outputs(torch.cat([seqs[:, :-T], others[:, -T:]], dim=1)) - here)[1, :, 0]
@@ -1532,7 +1532,7 @@ def check_forward(run):
     ends = sum(actions == token for token in end_tokens) * get_action_mask(actions, end_tokens)
     yield "the end token is one action", ends.sum(-1) - 1, 1, "The action mask is wrong"
     moves = [good.advantages[-1] - bad.advantages[-1] for good, bad in zip(rows, worse)]
-    yield "the score arrives", torch.stack(moves) - 2, 0.1, "Look at compute_rewards"
+    yield "the score arrives at the end", torch.stack(moves) - 2, 0.1, "Look at compute_rewards"
     yield from check_update(run, rows, rounding)
 
 def check_update(run, rows, rounding):
@@ -1550,7 +1550,7 @@ def check_update(run, rows, rounding):
         for p in (weights[0] | weights[1]).values():
             if p.grad is not None:  # negated: after the second size the difference is left
                 p.grad.neg_()
-    yield ("micro-batches of 1 and of all: one gradient", norms[1] / norms[0], 10 * rounding,
+    yield ("any micro-batch size gives one gradient", norms[1] / norms[0], 10 * rounding,
            "Each loss needs the denominator of the whole step")
     shared = sum(len({*a} & {*b}) for i, a in enumerate(weights[:2]) for b in weights[i + 1:])
     yield "no trained weight is shared", shared, 1, "deepcopy one of its owners"
@@ -1687,13 +1687,12 @@ def trace(rows, actor_model, tokenizer, kl_coef):
     row = max(rows, key=lambda row: row.kl.abs().max())
     peak, place = row.kl.abs().max(0)
     old, V, n = row.old_action_log_probs, row.values, len(row.action_mask)
-    inputs = row.seqs[None], row.attention_mask[None]
-    new = compute_log_probs(actor_model, *inputs, n, temperature)[0]
+    new = compute_log_probs(actor_model, row.seqs[None], row.attention_mask[None], n, temperature)
     delta = row.rewards + gamma * torch.cat([V[1:], row.last_values[None]]) - V  # Eq. 9
     columns = {
         "log_prob": old, "ref": row.ref_action_log_probs, "kl": row.kl, "reward": row.rewards,
         "V": V, "delta": delta, "A": row.returns - V, "used": row.advantages,
-        "return": row.returns, "new": new, "ratio": (new - old).exp()}
+        "return": row.returns, "new": new[0], "ratio": (new[0] - old).exp()}
     lines = [brief("best ", by_score[-1]), brief("worst", by_score[0]), brief("below", row),
              f"  max |KL| {number(peak.item())} at token {place}; score "
              f"{number(row.scores.item())}, kl_coef {kl_coef:.4g}, gamma {gamma}, lambd {lambd}, "
@@ -1833,18 +1832,18 @@ def show_bill():
             if isinstance(model, nn.Module):
                 try:
                     sizes = measure(name, model)
-                except Exception as error:  # a forward that looks at its numbers: there are none
-                    return say(f"  no bill, {name} cannot be run without memory: {error}"[:100])
+                except Exception as error:  # a forward that depends on values: there are none
+                    return say(f"  no bill: {name} cannot be run without memory: {error}"[:100])
                 fixed, work = fixed + sum(sizes[:3]), max(work, sizes[3])
                 say(f"  {name:8s}{sum(p.numel() for p in model.parameters()) / 1e6:10.2f} M"
                     + "%11.1f" * 4 % tuple(size / 2 ** 20 for size in sizes))
     base, free = get_memory()
     # Beside the work: freed memory that the allocator cannot use again, libraries still to load.
     total = fixed + work * (1.25 if device == "cuda" else 2.75) + 3 * 2 ** 26
-    say(f"  at most {(base + total) / 2 ** 20:.0f} MiB, Python's {base / 2 ** 20:.0f} among them; "
+    say(f"  at most {(base + total) / 2 ** 20:.0f} MiB, {base / 2 ** 20:.0f} of them in use now; "
         f"{device} has {(base + free) / 2 ** 20:.0f}")
     if total > free:
-        raise InputError("the run would not fit: lower micro_rollout_batch_size, then "
+        raise InputError("the run would not fit into memory: lower micro_rollout_batch_size, then "
                          "micro_train_batch_size; set gradient_checkpointing = True, then "
                          "lora_rank = 16; lower max_new_tokens")
 
@@ -1864,7 +1863,7 @@ def add_adapters(trunk):
                                           target_modules="all-linear", task_type="CAUSAL_LM"))
         for module in model.eval().modules():
             if hasattr(module, "parameter_name"):  # peft wraps a whole tensor of experts
-                raise InputError("lora_rank: adapters know no such mixture of experts: set it to 0")
+                raise InputError("lora_rank: adapters cannot wrap the expert layers: set it to 0")
             for name, p in list(module.named_parameters(recurse=False)):
                 if not p.requires_grad:  # the trunk's: here a plain attribute
                     delattr(module, name)
@@ -2016,8 +2015,8 @@ def build_demo(folder, seed):
     for differ, steps in ([{0}], 60), ([{0}, {0}, {1}, {2}, {0, 1, 2}], 240):
         fit(reward_model, lambda: compute_pair_loss(differ), steps, 2e-3)
     chosen, rejected = scores = score_pairs(eval_prompts, [{0, 1, 2}], 512).detach()
-    print(f"it agrees with people in {(chosen > rejected).float().mean():.1%} of held-out pairs")
-    # Pairs fix differences only, not the unit. With a spread of 1, kl_coef means something.
+    print(f"the reward model gets {(chosen > rejected).float().mean():.1%} of held-out pairs right")
+    # Pairs leave the unit of the scores open. With a deviation of 1, kl_coef means something.
     reward_model.score.weight.data /= scores.std()
     unfinished = f"{folder}.{os.getpid()}.unfinished"  # renamed when complete
     for name, model in ("actor", actor_model), ("reward", reward_model):
@@ -2083,13 +2082,13 @@ def check_constants():
              "micro_train_batch_size must divide train_batch_size"),
             (rollout_batch_size % processes or train_batch_size % processes,
              f"rollout_batch_size, train_batch_size: take multiples of the {processes} processes"),
-            (lora_rank and processes > 1, "lora_rank above 0 trains in one process: set it to 0"),
+            (lora_rank and processes > 1, "lora_rank above 0 needs one process only: set it to 0"),
             (lora_rank and critic_name, "critic_name has no effect with lora_rank: set it to None"),
-            (kl_target and not kl_coef, "kl_target multiplies kl_coef: that must be above 0"),
+            (kl_target and not kl_coef, "kl_target scales kl_coef: set kl_coef above 0"),
             (any(map(is_ours, (actor_name, reward_name, critic_name))),
-             f"run_name: a model lies in {run_folder()}, which this run puts aside: take another"),
+             f"run_name: take another, this run would move the model in {run_folder()} aside"),
             (kl_coef_start and (not kl_coef or kl_target),
-             "kl_coef_start is annealed to kl_coef: that must be above 0, and kl_target None")):
+             "kl_coef_start falls to kl_coef: set kl_coef above 0 and kl_target to None")):
         if wrong:
             raise InputError(sentence)
 
@@ -2131,7 +2130,7 @@ def main():
         for source in (prompts_file, eval_prompts_file))
     if cut := sum(dataset.truncated for dataset in (prompts_dataset, eval_dataset) if dataset):
         say(f"{cut} prompts are longer than max_length = {max_length} and lose their beginning"
-            + ", their template's too: raise it or leave them out" * apply_chat_template)
+            + ", the template's included: raise it or leave them out" * apply_chat_template)
     for item in itertools.chain(prompts_dataset, eval_dataset or []):
         if reward_tokenizer and isinstance(item["prompt"], list):  # its template may refuse a role
             to_reward_inputs(item["prompt"], "a", reward_tokenizer, apply_chat_template, 4096)
@@ -2143,7 +2142,7 @@ def main():
         say(f"actor_name's chat template ends a turn with {actor_tokenizer.decode([turn_end])!r}, "
             f"which ends no response: add {turn_end} to eos_token_id in generation_config.json")
     if reward_tokenizer and reward_tokenizer.pad_token_id == reward_tokenizer.eos_token_id:
-        say("reward_name pads with its end token: it will score at the token before the end")
+        say("reward_name pads with its end token: it reads the score at the token before that")
     if rank() == 0:
         claim_run_folder(path)
     from torch.utils.tensorboard import SummaryWriter
@@ -2157,7 +2156,7 @@ def main():
         if run.before:
             show_results(run)
     if not saved:
-        raise InputError(f"{run_folder()}/final was not written: make room, resume = 'latest'")
+        raise InputError(f"{run_folder()}/final was not written: make room, set resume = 'latest'")
     say(f"\nthe actor is in {run_folder()}/final; curves: tensorboard --logdir runs")
     if world_size() > 1:
         dist.destroy_process_group()
