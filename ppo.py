@@ -1188,7 +1188,9 @@ class Run:
             saved = " and saved: set resume = 'latest' to go on" if save_checkpoint(self) else ""
             raise Stopped("stopped" + saved) from None
         except FloatingPointError as error:
-            saved = f"; {run_folder()}/stopped has the actor" * self.save_actor("stopped")
+            together = name == "train" or world_size() == 1  # who saves alone waits for ever
+            saved = f"; {run_folder()}/stopped has the actor" * (
+                together and self.save_actor("stopped"))
             raise InputError(
                 f"rollout {self.state.rollout + 1}, optimizer step {len(self.steps) + 1}: {error}; "
                 f"lower actor_lr or critic_lr{saved}") from None

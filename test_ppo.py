@@ -5164,6 +5164,21 @@ def in_processes_not_finite(out):
         ppo.compute_value_loss = real
 
 
+def in_processes_not_finite_alone(out):
+    """In `generate` of the last process alone: no other comes by the gathers of save_actor."""
+    def fail(*args, **options):
+        last = ppo.rank() == ppo.world_size() - 1
+        raise FloatingPointError("no number") if last else RuntimeError("gone")
+
+    ppo.run_name = "not_finite_alone"
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ppo, "generate_samples", fail)
+            train_divided()
+    except Exception as error:
+        return dict(error=str(error), all=ppo.gather(ppo.rank()))
+
+
 def in_processes_early_stop(out):
     """The KL that ends a rollout's epochs is one number in all processes."""
     run, weights = train_divided(target_kl=1e-9, actor_lr=1e-2, self_check="stop",
@@ -5182,7 +5197,8 @@ def in_processes_generate(out):
                 local=sum(p.to_local().numel() for p in actor.parameters()))
 
 
-NAMES = "same_weights memory generate resume stop not_finite early_stop".split()
+NAMES = ("same_weights memory generate resume stop not_finite not_finite_alone "
+         "early_stop".split())
 
 
 def start_processes(folder, count, *names):
@@ -5281,6 +5297,12 @@ def test_signal_to_one_process_stops_both(two_processes):
 def test_what_is_not_finite_in_one_process_stops_both(two_processes):
     for result in two_processes[1]["not_finite"]:
         assert "value_loss is nan" in result["error"] and result["unmoved"] and result["saved"]
+
+
+def test_what_is_not_finite_in_one_process_alone_leaves_no_other_waiting(two_processes):
+    first, second = two_processes[1]["not_finite_alone"]
+    assert first["error"] == "gone" and first["all"] == second["all"] == [0, 1]
+    assert second["error"].endswith("no number; lower actor_lr or critic_lr")
 
 
 def test_early_stop_evaluation_and_self_check_agree(two_processes):
