@@ -1280,7 +1280,7 @@ class Run:
         if not self.eval_dataset:
             return []
         rows = evaluate(self.eval_dataset, actor_model, *self.models[1:], self.sampling,
-                        self.scoring, seed)
+                        self.scoring, seed + 1_000_003 * rank())
         metrics, done = get_rollout_metrics(rows), self.state.rollout
         if log and self.writer:
             for name in {"score_mean", "ref_k1", "gold"}.intersection(metrics):

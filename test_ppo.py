@@ -5182,9 +5182,9 @@ def in_processes_not_finite_alone(out):
 def in_processes_early_stop(out):
     """The KL that ends a rollout's epochs is one number in all processes."""
     run, weights = train_divided(target_kl=1e-9, actor_lr=1e-2, self_check="stop",
-                                 eval_prompts=DEMO_PROMPTS[30:33])
-    return dict(rollouts=run.state.rollout, evaluated=len(run.after), digest=digest(weights)[0][:2],
-                random=torch.rand(1).item())
+                                 eval_prompts=DEMO_PROMPTS[30:31] * 3)
+    return dict(rollouts=run.state.rollout, digest=digest(weights)[0][:2],
+                responses=[row.info["response"] for row in run.after], random=torch.rand(1).item())
 
 
 def in_processes_generate(out):
@@ -5307,7 +5307,9 @@ def test_what_is_not_finite_in_one_process_alone_leaves_no_other_waiting(two_pro
 
 def test_early_stop_evaluation_and_self_check_agree(two_processes):
     first, second = two_processes[1]["early_stop"]
-    assert first["rollouts"] == second["rollouts"] == 2 and first["evaluated"] == 3
+    assert first["rollouts"] == second["rollouts"] == 2
+    assert len({*first["responses"]}) == 3  # to one prompt: each process draws its own here too
+    assert first["responses"] == second["responses"]
     assert first["digest"] == second["digest"]
     assert first["random"] != second["random"]  # each process samples for itself
 
