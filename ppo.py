@@ -1507,8 +1507,7 @@ def check_forward(run):
 
     rows, alone, worse = (generate_experiences(
         samples_list, actor, critic, lambda prompts, responses, **_: [score] * len(responses), ref,
-        gamma=gamma, lambd=lambd, whiten_advantages=False, temperature=temperature,
-        micro_train_batch_size=size)
+        whiten_advantages=False, temperature=temperature, micro_train_batch_size=size)
         for score, size in ((1.0, 4), (1.0, 1), (-1.0, 4)))
     batch, alone = collate_fn(rows), collate_fn(alone)
     seqs, T = batch.seqs, batch.action_mask.shape[1]

@@ -2561,8 +2561,9 @@ def break_causality(patch, models):
 
 
 def break_score(patch, models):
-    original = ppo.compute_rewards
-    patch.setattr(ppo, "compute_rewards", lambda kl, scores, *rest: original(kl, scores * 0, *rest))
+    original = ppo.get_advantages_and_returns
+    patch.setattr(ppo, "get_advantages_and_returns",
+                  lambda values, rewards, *rest: original(values, rewards * 0, *rest))
 
 
 def break_denominator(patch, models):
@@ -2571,9 +2572,22 @@ def break_denominator(patch, models):
                   original(*args, **options))
 
 
+def break_value_denominator(patch, models):
+    original = ppo.compute_value_loss
+    patch.setattr(ppo, "compute_value_loss", lambda *args, denominator, **options:
+                  original(*args, **options))
+
+
 def break_trunk(patch, models):
     models["critic"] = ppo.Critic(models["actor"].base_model).eval()
     models["critic"].base_model = models["actor"].base_model
+
+
+def break_body(patch, models):
+    """One memory, if not one parameter."""
+    models["critic"] = ppo.Critic(models["actor"].base_model).eval()
+    models["critic"].base_model.norm.weight = torch.nn.Parameter(
+        models["reward"].model.norm.weight.detach())
 
 
 def break_frozen(patch, models):
@@ -2605,6 +2619,7 @@ BREAKS = {
     break_padding: {"under padding"}, break_positions: {"row alone", "one gradient"},
     break_positions_without_gradient: {"row alone"},
     break_mask: {"end token"}, break_score: {"score arrives"}, break_denominator: {"one gradient"},
+    break_value_denominator: {"one gradient"}, break_body: {"shared"},
     break_trunk: {"shared"}, break_frozen: {"frozen"}, break_reward: {"apart"},
     break_dtype: {"32 bits"}, break_reward_padding: {"score alone"},
     break_dropout: None, None: set()}
@@ -2635,15 +2650,35 @@ def test_the_self_check_leaves_large_scores_their_rounding(go):
     """Alone and in a batch, scores of some hundred thousand differ by more than 1e-4."""
     reward = make_reward_model("llama")
     reward.score.weight.data *= 1e6
-    assert go(reward=reward, reward_tokenizer=word_tokenizer(), self_check="stop", episodes=1,
-              micro_train_batch_size=6, train_batch_size=6).steps
+    ref = make_model().requires_grad_(False)
+    reward.model = ref.model  # two that are frozen may be one
+    assert go(reward=reward, ref=ref, reward_tokenizer=word_tokenizer(), self_check="stop",
+              episodes=1, micro_train_batch_size=6, train_batch_size=6).steps
+
+
+@pytest.mark.usefixtures("small")
+def test_the_self_check_passes_what_reads_padding_as_soon_as_its_advice_is_followed(go):
+    models = dict(reward=make_reward_model("llama"))
+    break_reward_padding(None, models)
+    assert go(**models, reward_tokenizer=word_tokenizer(), self_check="stop", episodes=1,
+              micro_train_batch_size=1, train_batch_size=6).steps
+
+
+def test_the_self_check_counts_weights_that_are_trained_in_less_than_32_bits():
+    for place, dtype in itertools.product((0, 1), (torch.float16, torch.bfloat16)):
+        models = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]
+        models[place].to(dtype).bias.requires_grad_(False)  # that may be of any type
+        run = types.SimpleNamespace(models=(*models, None, None))
+        assert next(ppo.check_forward(run))[:3] == ("trained weights have 32 bits", 1, 1)
 
 
 @pytest.mark.usefixtures("small")
 def test_the_self_check_warns_or_is_silent_as_its_constant_says(go, capsys):
     """self_check: "warn" goes on after a failed check, "off" checks nothing."""
     ref = make_model(seed=1)
-    assert go(ref=ref, self_check="warn", episodes=1).steps and "✗ KL" in capsys.readouterr().out
+    assert go(ref=ref, self_check="warn", episodes=1).steps
+    out = capsys.readouterr().out
+    assert "✗ KL" in out and "apart" not in out  # a reward_fn is not asked
     assert go(ref=ref, self_check="off", episodes=1).steps and "✓" not in capsys.readouterr().out
 
 
@@ -3045,7 +3080,9 @@ def test_these_settings_pass_the_self_check(go, constants):
 def test_gradients_of_an_earlier_training_do_not_fail_the_self_check(go):
     actor = make_model()
     actor(input_ids=torch.tensor([[1, 2, 3]])).logits.square().sum().backward()
-    assert go(actor=actor, self_check="stop", episodes=1).steps
+    critic = busy_critic()
+    critic(torch.tensor([[1, 2, 3]]), torch.ones(1, 3), 2).square().sum().backward()
+    assert go(actor=actor, critic=critic, self_check="stop", episodes=1).steps
 
 
 @pytest.mark.usefixtures("small")
@@ -4821,6 +4858,93 @@ def test_bill_stops_a_run_that_does_not_fit(place, monkeypatch, capsys):
     assert 2 ** 27 < base < 2 ** 32 and 2 ** 20 < free < 2 ** 50
 
 
+def test_the_bill_of_each_model_is_what_its_work_takes(setting, monkeypatch):
+    """Held against what a real minibatch, and a real rollout, take on these models."""
+    setting(max_length=12, max_new_tokens=6, rollout_batch_size=8, n_samples_per_prompt=2,
+            train_batch_size=4, micro_train_batch_size=4, micro_rollout_batch_size=1,
+            entropy_coef=0.0, temperature=1.0, gradient_checkpointing=False)
+    config = transformers.LlamaConfig(
+        vocab_size=3000, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_labels=1, pad_token_id=0, eos_token_id=1)
+    actor, ref = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
+    reward, critic = transformers.LlamaForSequenceClassification(config), ppo.Critic(ref)
+    models = dict(actor=actor, critic=critic, ref=ref, reward=reward)
+    for model in (ref, reward):
+        model.requires_grad_(False)
+
+    def bill(name, **constants):
+        with monkeypatch.context() as patch:
+            for constant, value in constants.items():
+                patch.setattr(ppo, constant, value)
+            *fixed, peak = ppo.measure(name, models[name])
+        weights = sum(p.nbytes for p in models[name].parameters())
+        trained = weights if name in ("actor", "critic") else 0
+        assert fixed == [weights, trained, 2 * trained]
+        return peak
+
+    def real(work, *args, **options):
+        for model in (actor, critic):  # as they are from the second micro-batch on
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+        with ppo.Watch() as watch:
+            work(*args, **options)
+        return watch.peak
+
+    seqs, kept = torch.randint(2, 3000, (4, 18)), ppo.Mock()  # optimizers that clear nothing
+    rows = [ppo.Experience(seq, torch.ones(18).long(), torch.ones(6).long(), {}, x, x, x,
+                           torch.tensor(0.0), x, torch.tensor(0.0), x, x, x)
+            for seq, x in zip(seqs, torch.rand(4, 6))]
+    for entropy_coef in (0.0, 0.1):
+        peak = real(ppo.train_step, rows, actor, critic, kept, kept, 4, entropy_coef=entropy_coef)
+        assert bill("actor", entropy_coef=entropy_coef) == pytest.approx(peak, rel=0.02)
+    with torch.no_grad():
+        for name, work in dict(ref=lambda: ppo.compute_log_probs(ref, seqs, seqs, 6),
+                               reward=lambda: reward(input_ids=seqs, attention_mask=seqs)).items():
+            assert bill(name, entropy_coef=0.1) == pytest.approx(real(work), rel=0.02)
+    assert bill("critic") == pytest.approx(real(
+        ppo.train_step, rows, actor, critic, kept, kept, 4, update_actor=False), rel=0.05)
+    for size in (4, 16):
+        peak = real(ppo.generate_samples, ["a b c d e f g h i j k l"] * 16, actor,
+                    word_tokenizer(), 12, 6, 1, size)
+        assert peak <= bill("actor", micro_rollout_batch_size=size,
+                            micro_train_batch_size=1) <= 1.25 * peak
+    # no more rows at once than there are
+    assert bill("actor", micro_train_batch_size=64) == bill("actor")
+    assert bill("ref", micro_train_batch_size=64) == bill("ref", micro_train_batch_size=16)
+    assert bill("actor", micro_rollout_batch_size=64) == bill("actor", micro_rollout_batch_size=16)
+    # a reward model reads no more than it has positions
+    models["reward"] = transformers.BertForSequenceClassification(transformers.BertConfig(
+        vocab_size=3000, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_labels=1,
+        num_attention_heads=2, max_position_embeddings=8)).requires_grad_(False)
+    assert bill("reward") > 0
+    # of two processes each holds a half, and one whole actor to generate
+    whole = ppo.measure("actor", actor)
+    alone = bill("actor", micro_rollout_batch_size=16, micro_train_batch_size=1)
+    setting(world_size=lambda: 2, micro_rollout_batch_size=16, micro_train_batch_size=1)
+    *fixed, peak = ppo.measure("actor", actor)
+    assert fixed == [size / 2 for size in whole[:3]] and peak == alone + whole[0]
+
+
+@pytest.mark.parametrize("limit, container", [
+    ("/sys/fs/cgroup/memory.max", 6_000_000), ("/sys/fs/cgroup/memory.max", 60_000_000),
+    ("/sys/fs/cgroup/memory.max", "max"), ("/sys/fs/cgroup/memory/memory.limit_in_bytes", 6e6)])
+def test_what_is_left_is_the_least_of_machine_and_container_for_each_process(
+        setting, monkeypatch, tmp_path, limit, container):
+    setting(device="cpu")
+    texts = {"/proc/self/status": "Name:\tpy\nVmRSS:\t    2000 kB\nVmData:\t 9 kB\n",
+             "/proc/meminfo": "MemTotal: 90000 kB\nMemAvailable:   9000 kB\n",
+             limit: f"{container:.0f}\n" if container != "max" else "max\n"}
+    free = 9000 * 1024 if container in ("max", 60_000_000) else 6_000_000 - 2000 * 1024
+    monkeypatch.setattr(os.path, "exists", lambda path: path in texts)
+    monkeypatch.setattr(ppo, "open", lambda path: io.StringIO(texts[path]), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert ppo.get_memory() == (2000 * 1024, free)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert ppo.get_memory() == (2000 * 1024, free / 3)
+    texts.clear()  # Windows, macOS
+    assert ppo.get_memory() == (0, math.inf)
+
+
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_bill_of_models_with_numbers_of_their_own(place, tmp_path, capsys, lora_rank):
     """Gemma 2 keeps its embeddings' scale as a tensor, that is copied with the critic's body."""
@@ -5266,6 +5390,41 @@ def test_what_several_processes_hold_and_receive(count, tmp_path):
     found = start_processes(tmp_path, count, "cost")["cost"]
     print(json.dumps({"processes": count, **found[0]}))
     assert len(found) == count
+
+
+def test_shares_of_processes_are_as_long_and_together_all_rows(monkeypatch):
+    rows = list("abcdefg")
+    for count in (1, 2, 3, 7, 8):
+        monkeypatch.setattr(ppo, "world_size", lambda: count)
+        shares = []
+        for number in range(count):
+            monkeypatch.setattr(ppo, "rank", lambda: number)
+            shares.append(ppo.my_share(rows))
+        assert len({*map(len, shares)}) == 1 and sum(map(len, shares)) < len(rows) + count
+        assert sum(shares, [])[:len(rows)] == rows
+
+
+def test_rows_of_two_processes_come_in_order_and_bring_no_more_than_themselves(monkeypatch):
+    """Of a view, pickle would send the whole micro-batch with each of its rows."""
+    batch = torch.arange(80.0).view(8, 10)
+    rows = [ppo.Experience(row, row, row, {"n": n}) for n, row in enumerate(batch)]
+    monkeypatch.setattr(ppo, "world_size", lambda: 2)
+    monkeypatch.setattr(ppo, "gather", lambda mine: [mine, sent.extend(mine) or rows[4:]])
+    sent = []
+    found = ppo.gather_rows(rows[:4])
+    assert [row.info["n"] for row in found] == [*range(8)]
+    assert torch.equal(torch.stack([row.seqs for row in found]), batch)
+    assert all(row.seqs.untyped_storage().nbytes() == row.seqs.nbytes for row in sent)
+
+
+def test_curves_of_a_step_of_two_processes_are_those_of_all_its_tokens(monkeypatch):
+    """Shares of 2 and of 6 tokens: sums over them, but each loss has a share's denominator."""
+    parts = [dict(tokens=2.0, policy_loss=0.5, value_loss=3.0, ratio_max=1.5, clip_fraction=1.0),
+             dict(tokens=6.0, policy_loss=0.1, value_loss=1.0, ratio_max=1.2, clip_fraction=3.0)]
+    monkeypatch.setattr(ppo, "gather", lambda mine: parts)
+    for part in parts:
+        assert ppo.finish_metrics(part) == pytest.approx(dict(
+            tokens=8, policy_loss=0.3, value_loss=2, ratio_max=1.5, clip_fraction=0.5))
 
 
 def test_processes_generate_without_keeping_step(two_processes):
@@ -5764,16 +5923,35 @@ def test_gold_rewards_topic_tone_and_reason_and_nothing_outside_the_grammar():
     scores = ppo.gold([prompt] * 4, [best, best.replace("psycho", "dune").replace(
         "actors shine", "pages fly"), best + " " + best, "psycho"])
     assert scores[0] == 1.0 and 0 < scores[1] < 1.0 and scores[2] == scores[3] == 0.0
+    assert not any(ppo.gold([*ppo.make_grammar()[0]], ["psycho"] * 288))
+    messages = [{"role": "user", "content": prompt}]  # no prompt of the grammar, and no error
+    assert ppo.gold([f" {prompt}", messages], [f" {best}\n"] * 2) == [1.0, 2 / 3]
 
 
 def test_a_pair_of_the_demo_differs_in_one_aspect_and_gold_tells_which_is_better():
     asked, _, said = ppo.make_grammar()
-    rng = random.Random(0)
+    rng, wordings = random.Random(0), set()
     for place, prompt in itertools.product(range(3), rng.sample(list(asked), 20)):
         pair = ppo.draw_pair(prompt, rng, [{place}])
         assert [a != b for a, b in zip(*map(said.get, pair))] == [i == place for i in range(3)]
         chosen, rejected = ppo.gold([prompt] * 2, pair)
         assert chosen > rejected
+        if place == 2:  # and in no other word
+            head, tail = pair[0].split(" because ")
+            assert pair[1].startswith(head) and tail.endswith(pair[1][len(head):])
+        wordings.add(" ".join(pair[0].split()[:4]))
+    assert len(wordings) > 20
+
+
+def test_replies_to_learn_from_are_mixed_and_seldom_as_good_as_can_be():
+    rng, prompt, n = random.Random(0), "which film fits tonight ?", 4000
+    found = [ppo.draw_aspects(prompt, rng) for _ in range(n)]
+    share = lambda right: sum(map(right, found)) / n
+    assert share(lambda x: x == ("film", "helpful", True)) == pytest.approx(0.04, abs=0.012)
+    assert {share(lambda x: x[0] == topic) > 0.05 for topic in ppo.TOPICS} == {True}
+    for right, part in ((lambda x: x[0] == "film", 0.5), (lambda x: x[1] == "helpful", 0.2),
+                        (lambda x: x[1] == "rude", 0.4), (lambda x: x[2], 0.4)):
+        assert share(right) == pytest.approx(part, abs=0.03)
 
 
 def test_of_two_first_runs_the_later_takes_the_demo_of_the_other(tmp_path, monkeypatch):
@@ -5796,6 +5974,78 @@ def test_of_two_first_runs_the_later_takes_the_demo_of_the_other(tmp_path, monke
     assert {"actor", "reward", "eval_prompts.txt"} < {*os.listdir(folder)}
 
 
+def test_the_demos_actor_learns_whole_replies_and_its_reward_model_pairs(tmp_path, monkeypatch):
+    """Of each text the reply and its end, to prompts that are not held out; the same in each build,
+    and the caller's random numbers stay."""
+    prompts, _, said = ppo.make_grammar()
+    tokenizer, seen, losses, starts = ppo.make_demo_tokenizer(), [], [], []
+
+    @torch.no_grad()
+    def one_step(model, compute_loss, steps, lr):
+        starts.append({name: p.clone() for name, p in model.state_dict().items()})
+        hook = model.register_forward_pre_hook(
+            lambda _, args, inputs: seen.append(inputs), with_kwargs=True)
+        losses.append(compute_loss().item())
+        hook.remove()
+        for p in model.parameters():  # something is learnt
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+
+    monkeypatch.setattr(ppo, "fit", one_step)
+    state = torch.get_rng_state()
+    ppo.build_demo(str(tmp_path), 3)
+    assert torch.equal(state, torch.get_rng_state())
+    held, learnt = ((tmp_path / name).read_text().split("\n")[:-1]
+                    for name in ("eval_prompts.txt", "prompts.txt"))
+    assert len(held) == 64 and {*held} | {*learnt} == {*prompts} and not {*held} & {*learnt}
+    assert len({prompts[prompt] for prompt in held}) == 6  # in no order
+    (inputs, pairs, *_), texts = seen, []
+    for ids in (*inputs["input_ids"], *pairs["input_ids"]):
+        text = re.fullmatch("<user> (.*) <bot> (.*) <eos>(?: <pad>)*", tokenizer.decode(ids))
+        assert text[1] in learnt and text[2] in said
+        texts.append(text.groups())
+    for (_, reply), labels in zip(texts, inputs["labels"]):
+        assert tokenizer.decode(labels[labels != -100]) == f"{reply} <eos>"
+    pairs = texts[len(inputs["labels"]):]
+    for good, bad in zip(pairs[:len(pairs) // 2], pairs[len(pairs) // 2:], strict=True):
+        assert good[0] == bad[0]
+        assert ppo.gold([good[0]], [good[1]]) > ppo.gold([bad[0]], [bad[1]])
+    # begun by the seed; the reward model from what the actor has learnt, without an opinion
+    actor = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "actor")
+    torch.manual_seed(3)
+    other = transformers.LlamaForCausalLM(actor.config)
+    assert torch.equal(starts[0]["lm_head.weight"], other.lm_head.weight)
+    assert all(torch.equal(starts[1][name], p) for name, p in actor.state_dict().items()
+               if name != "lm_head.weight")
+    assert losses[1] == pytest.approx(math.log(2))
+    # the unit of a score is the spread over replies to held-out prompts
+    reward, rng = ppo.load_model("reward_name", str(tmp_path / "reward")), random.Random(0)
+    pairs = [(prompt, reply) for prompt in held
+             for reply in ppo.draw_pair(prompt, rng, [{0, 1, 2}])]
+    tokenizer = ppo.load_tokenizer("reward_name", str(tmp_path / "reward"))
+    scores = ppo.compute_scores(*zip(*pairs), reward, tokenizer, True, 64)
+    assert 0.8 < numpy.std(scores) < 1.25
+
+
+def test_fit_steps_along_each_clipped_gradient_at_a_rate_that_rises_and_falls():
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+    model, seen = torch.nn.Linear(4, 1, bias=False), []
+    x = torch.randn(4, generator=torch.Generator().manual_seed(0))
+
+    def hook(optimizer, *_):
+        w = model.weight.detach()
+        slope = 8 * (w @ x - 1) * x  # of the loss below
+        slope = slope / max(1, slope.norm())
+        torch.testing.assert_close(model.weight.grad[0], slope, rtol=1e-4, atol=1e-6)
+        seen.append(optimizer.param_groups[0]["lr"])
+
+    handle = register_optimizer_step_pre_hook(hook)
+    ppo.fit(model, lambda: 4 * (model(x) - 1).square().sum(), 100, 0.05)
+    handle.remove()
+    assert seen[0] < 0.005 and max(seen) == pytest.approx(0.05) and seen[-1] < 1e-4
+    assert 8 <= seen.index(max(seen)) <= 11 and seen[55] == pytest.approx(0.025, rel=0.1)
+    assert (model(x) - 1).abs() < 0.01
+
+
 def test_the_demo_tokenizer_reads_a_chat_as_it_was_trained():
     tokenizer = ppo.make_demo_tokenizer()
     chat = [{"role": "user", "content": "which film fits tonight ?"}]
@@ -5806,6 +6056,9 @@ def test_the_demo_tokenizer_reads_a_chat_as_it_was_trained():
     assert tokenizer.apply_chat_template(chat, tokenize=False) == (  # as build_demo spells it
         "<user> which film fits tonight ? <bot> maybe take psycho . <eos>")
     assert tokenizer.unk_token_id not in ids and tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert {"<user>", "<bot>"} < {*tokenizer.all_special_tokens}
+    words = tokenizer.convert_ids_to_tokens([*range(5, len(tokenizer))])
+    assert words == sorted(words)  # the same in each process
 
 
 # ==================================================================================================
