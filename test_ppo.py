@@ -1771,6 +1771,30 @@ def test_a_template_may_refuse_replies():
     assert ppo.get_turn_end(tokenizer) is None
 
 
+@pytest.mark.parametrize("behind, end", [("\n<|im_end|>\n", 3), (" .\n<|im_start|>", None)])
+def test_the_end_of_a_turn_is_the_special_token_right_behind_a_reply(behind, end):
+    """Whatever stands before, also what a tokenizer writes before each text."""
+    tokenizer = byte_tokenizer("<|im_start|>You reply.{% for m in messages %}<|im_start|>{{ m.role "
+                               "}} {{ m.content }}" + behind + "{% endfor %}", bos=True)
+    assert ppo.get_turn_end(tokenizer) == end
+
+
+def test_only_a_prompt_without_template_must_not_be_ended(place, setting, monkeypatch):
+    monkeypatch.setattr(ppo, "adds_end", lambda tokenizer: True)
+    setting(apply_chat_template=False)
+    assert ppo.load_tokenizer("reward_name", "reward")
+    with pytest.raises(ppo.InputError, match="add_eos_token"):
+        ppo.load_tokenizer("actor_name", "actor")
+    setting(apply_chat_template=True)
+    assert ppo.load_tokenizer("actor_name", "actor")
+
+
+def test_the_reason_of_a_library_is_one_line_that_cannot_steer_the_terminal():
+    with pytest.raises(ppo.InputError, match=r"^said: a \[2J b c{292}$"):
+        with ppo.refuse("said"):
+            raise OSError("a\x1b[2J \n\n b " + "c" * 500)
+
+
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("template, refused", [(TEMPLATE_C, False), (TEMPLATE_C + "<eye>", True)])
 def test_a_special_token_without_embedding_is_refused_if_the_template_writes_it(
@@ -4865,7 +4889,8 @@ def test_the_bill_of_each_model_is_what_its_work_takes(setting, monkeypatch):
             entropy_coef=0.0, temperature=1.0, gradient_checkpointing=False)
     config = transformers.LlamaConfig(
         vocab_size=3000, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_labels=1, pad_token_id=0, eos_token_id=1)
+        num_attention_heads=2, num_labels=1, pad_token_id=0, eos_token_id=1,
+        tie_word_embeddings=True)
     actor, ref = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
     reward, critic = transformers.LlamaForSequenceClassification(config), ppo.Critic(ref)
     models = dict(actor=actor, critic=critic, ref=ref, reward=reward)
@@ -4873,6 +4898,7 @@ def test_the_bill_of_each_model_is_what_its_work_takes(setting, monkeypatch):
         model.requires_grad_(False)
 
     def bill(name, **constants):
+        models[name].zero_grad()
         with monkeypatch.context() as patch:
             for constant, value in constants.items():
                 patch.setattr(ppo, constant, value)
@@ -4903,14 +4929,18 @@ def test_the_bill_of_each_model_is_what_its_work_takes(setting, monkeypatch):
             assert bill(name, entropy_coef=0.1) == pytest.approx(real(work), rel=0.02)
     assert bill("critic") == pytest.approx(real(
         ppo.train_step, rows, actor, critic, kept, kept, 4, update_actor=False), rel=0.05)
-    for size in (4, 16):
-        peak = real(ppo.generate_samples, ["a b c d e f g h i j k l"] * 16, actor,
-                    word_tokenizer(), 12, 6, 1, size)
-        assert peak <= bill("actor", micro_rollout_batch_size=size,
-                            micro_train_batch_size=1) <= 1.25 * peak
+    config = transformers.LlamaConfig(**config.to_dict() | dict(vocab_size=99, hidden_size=64))
+    for room, model in ((1.25, actor), (2, transformers.LlamaForCausalLM(config))):
+        models["actor"] = model.eval()  # of the second the cache is the largest
+        peak = real(ppo.generate_samples, ["a b c d e f g h i j k l"] * 16, model,
+                    word_tokenizer(), 12, 6, 1, 16)
+        assert peak <= bill("actor", micro_rollout_batch_size=16,
+                            micro_train_batch_size=2) <= room * peak
+    models["actor"] = actor
     # no more rows at once than there are
     assert bill("actor", micro_train_batch_size=64) == bill("actor")
     assert bill("ref", micro_train_batch_size=64) == bill("ref", micro_train_batch_size=16)
+    assert bill("ref", micro_train_batch_size=64) > 3 * bill("ref")  # a rollout of 16, not of 4
     assert bill("actor", micro_rollout_batch_size=64) == bill("actor", micro_rollout_batch_size=16)
     # a reward model reads no more than it has positions
     models["reward"] = transformers.BertForSequenceClassification(transformers.BertConfig(
@@ -5317,6 +5347,7 @@ def in_processes_generate(out):
     with ppo.undivided(actor):
         ids = actor.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2 + 9 * ppo.rank(),
                              eos_token_id=None, synced_gpus=False)
+    actor(ids)  # as in an update, where each layer is given back after its use
     return dict(length=ids.shape[1], whole=sum(p.numel() for p in actor.parameters()),
                 local=sum(p.to_local().numel() for p in actor.parameters()))
 
