@@ -2688,6 +2688,13 @@ def test_the_self_check_passes_what_reads_padding_as_soon_as_its_advice_is_follo
               micro_train_batch_size=1, train_batch_size=6).steps
 
 
+@pytest.mark.usefixtures("small")
+def test_a_resumed_actor_may_be_away_from_its_reference(go, monkeypatch, capsys):
+    monkeypatch.setattr(ppo, "State", functools.partial(ppo.State, rollout=1))
+    assert go(ref=make_model(seed=1), self_check="stop").steps
+    assert "KL to the ref" not in capsys.readouterr().out
+
+
 def test_the_self_check_counts_weights_that_are_trained_in_less_than_32_bits():
     for place, dtype in itertools.product((0, 1), (torch.float16, torch.bfloat16)):
         models = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]
