@@ -1121,12 +1121,12 @@ class Run:
             run_self_check(self)
         if self.writer and not is_ours(path):  # else the folder has them from before
             lines = [f"| {name} | {show(repr(value))} |" for name, value in get_constants().items()]
-            self.writer.add_text("constants", "\n".join(["| constant | value |", "|-|-|", *lines]))
+            self.plot("add_text", "constants", "\n".join(["| constant | value |", "|-|-|", *lines]))
             pages = defaultdict(dict)
             for title, tags in CHARTS.items():
                 page, chart = title.split(": ")
                 pages[page][chart] = ["Multiline", list(tags)]
-            self.writer.add_custom_scalars(pages)
+            self.plot("add_custom_scalars", pages)
         self.before = self.evaluate(self.models[3], log=not path)  # ref is the actor before PPO
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # only the main thread may set handlers

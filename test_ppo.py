@@ -4115,11 +4115,12 @@ def test_no_room_for_a_point_does_not_end_the_run(whole, tmp_path):
 
 
 @pytest.mark.usefixtures("small")
-def test_an_error_of_a_writer_of_ones_own_does_not_end_the_run(go, monkeypatch, capsys):
+@pytest.mark.parametrize("method", ["add_text", "add_scalar"])  # the first when the run starts
+def test_an_error_of_a_writer_of_ones_own_does_not_end_the_run(go, monkeypatch, capsys, method):
     """It did, and left our handlers of Ctrl-C behind: a second one ended the caller's process."""
     def closed(*_):
         raise RuntimeError("the writer is closed")
-    monkeypatch.setattr(Writer, "add_scalar", closed)
+    monkeypatch.setattr(Writer, method, closed)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert len(go(episodes=2).rollouts) == 2
     assert "no more curves (the writer is closed)" in capsys.readouterr().out
