@@ -1779,7 +1779,7 @@ def measure(name, model):
                       max_length + max_new_tokens, dtype=torch.long)  # also used as the mask
     with Watch() as watch, torch.set_grad_enabled(trained), recomputing(model), untied(model):
         if name == "reward":  # compute_scores cuts its input
-            seqs = seqs[:, :getattr(model.config, "max_position_embeddings", None)]
+            seqs = seqs[:, :get_positions(model)]
             model(input_ids=seqs, attention_mask=seqs)
         else:
             output = model(seqs, seqs, max_new_tokens) if name == "critic" else compute_log_probs(

@@ -4951,10 +4951,10 @@ def test_the_bill_of_each_model_is_what_its_work_takes(setting, monkeypatch):
     assert bill("ref", micro_train_batch_size=64) == bill("ref", micro_train_batch_size=16)
     assert bill("ref", micro_train_batch_size=64) > 3 * bill("ref")  # a rollout of 16, not of 4
     assert bill("actor", micro_rollout_batch_size=64) == bill("actor", micro_rollout_batch_size=16)
-    # a reward model reads no more than it has positions
-    models["reward"] = transformers.BertForSequenceClassification(transformers.BertConfig(
+    # a reward model reads no more than it has positions, here 8: RoBERTa's begin at 1
+    models["reward"] = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(
         vocab_size=3000, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_labels=1,
-        num_attention_heads=2, max_position_embeddings=8)).requires_grad_(False)
+        num_attention_heads=2, max_position_embeddings=9, pad_token_id=0)).requires_grad_(False)
     assert bill("reward") > 0
     # of two processes each holds a half, and one whole actor to generate
     whole = ppo.measure("actor", actor)
