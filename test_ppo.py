@@ -3542,7 +3542,8 @@ def falling():
 
 
 PROVOKED = {  # tag: a small run in which it leaves its range, and says so
-    "reward/score_std": lambda: dict(reward=lambda prompts, responses: [0.5] * len(responses)),
+    "reward/score_std": lambda: dict(reward=lambda prompts, responses: [0.5] * len(responses),
+                                     n_samples_per_prompt=1),  # also of several prompts
     "reward/gold_lost": lambda: dict(gold_fn=falling()),
     "kl/ref_k1": samples_from_another,
     "kl/ref_k3": lambda: dict(ref=sharp(300.0)),
