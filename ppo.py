@@ -1731,11 +1731,17 @@ def less_memory(model):
     it, but not the modules in them, so dropout stays off. And an lm_head tied to the embedding is a
     parameter of its own that shares its memory and its gradient. Else autograd holds the gradients
     of both uses and their sum beside the one that is kept: at a vocabulary of 152k four times the
-    largest tensor, instead of two."""
+    largest tensor, instead of two. A large embedding's comes as the rows that are not zero."""
     stack = contextlib.ExitStack()
     for layer in model.modules():
         if getattr(layer, "gradient_checkpointing", False):
             stack.enter_context(patch.object(layer, "training", True))
+        # Of a small one that takes longer, on a GPU it is not tried, and torch cannot do it without
+        # memory (the bill) or of FSDP2's parts: neither is a Parameter by its type.
+        large = isinstance(layer, nn.Embedding) and layer.weight.numel() > 2 ** 24
+        if large and type(layer.weight) is nn.Parameter and layer.weight.is_cpu:
+            if layer.weight.grad is not None:
+                stack.enter_context(patch.object(layer, "sparse", True))
     head = getattr(model, "lm_head", None)
     tied = getattr(head, "weight", None)
     is_tied = tied is not None and tied is model.get_input_embeddings().weight
