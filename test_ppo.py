@@ -738,89 +738,6 @@ def test_ppo_has_nothing_left_to_do_at_the_known_best_policy():
     close(lm.ppo_gradient(best, "seq-mean-token-sum"), torch.zeros_like(best), 1e-9)
 
 
-class CartPole:
-    """CartPole-v1 (Barto, Sutton, Anderson 1983) for many carts at once; 500 steps at most."""
-
-    def __init__(self, carts):
-        self.state, self.age = torch.zeros(carts, 4), torch.full((carts,), 500)
-        self.reset(self.age == 500)
-
-    def reset(self, which):
-        fresh = torch.rand_like(self.state) * 0.1 - 0.05
-        self.state = torch.where(which[:, None], fresh, self.state)
-        self.age = torch.where(which, 0, self.age)
-
-    def step(self, action):
-        """-> the state reached (before any reset), fallen, out of time."""
-        x, v, angle, spin = self.state.unbind(1)
-        sin, cos = angle.sin(), angle.cos()
-        push = (20.0 * action - 10.0 + 0.05 * spin ** 2 * sin) / 1.1
-        turn = (9.8 * sin - cos * push) / (0.5 * (4 / 3 - 0.1 * cos ** 2 / 1.1))
-        speed_up = push - 0.05 * turn * cos / 1.1
-        slope = torch.stack([v, speed_up, spin, turn], 1)
-        self.state, self.age = self.state + 0.02 * slope, self.age + 1
-        fallen = (self.state[:, 0].abs() > 2.4) | (self.state[:, 2].abs() > math.radians(12))
-        reached, late = self.state, (self.age == 500) & ~fallen
-        self.reset(fallen | late)
-        return reached, fallen, late
-
-
-def learn_cartpole(seed, rollouts=30, carts=32, steps=64, gamma=0.99, lambd=0.95):
-    """Train on CartPole with three functions copied out of the file; -> average return."""
-    policy_loss, value_loss, gae = map(copied, ("compute_policy_loss", "compute_value_loss",
-                                                "get_advantages_and_returns"))
-    torch.manual_seed(seed)
-    actor, critic = (torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.Tanh(),
-                                         torch.nn.Linear(64, n)) for n in (2, 1))
-    optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], lr=1e-2)
-    env = CartPole(carts)
-    for rollout in range(rollouts):
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * (1 - rollout / rollouts)
-        states, actions, rewards, dones = [], [], [], []
-        with torch.no_grad():
-            for _ in range(steps):
-                states.append(env.state)
-                actions.append(torch.distributions.Categorical(logits=actor(env.state)).sample())
-                reached, fallen, late = env.step(actions[-1])
-                # out of time is no failure: the value there stands for what would have come
-                rewards.append(1 + gamma * late * critic(reached)[:, 0])
-                dones.append(fallen | late)
-            states, actions, rewards, dones = (torch.stack(v, 1) for v in (
-                states, actions, rewards, dones))
-            values = critic(states)[..., 0]
-            A, returns = gae(values, rewards, None, gamma, lambd,
-                             last_values=critic(env.state)[:, 0], dones=dones)
-            A = (A - A.mean()) / A.std()
-            old = actor(states).log_softmax(-1).gather(-1, actions[..., None])[..., 0]
-        for _ in range(6):
-            for rows in torch.randperm(carts).split(carts // 4):
-                new = actor(states[rows]).log_softmax(-1).gather(-1, actions[rows][..., None])
-                loss = policy_loss(new[..., 0], old[rows], A[rows]) + value_loss(
-                    critic(states[rows])[..., 0], values[rows], returns[rows], huber_delta=10.0)
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.5)
-                optimizer.step()
-    env, alive, total = CartPole(100), torch.ones(100, dtype=torch.bool), torch.zeros(100)
-    with torch.no_grad():
-        while alive.any():
-            total += alive
-            _, fallen, late = env.step(actor(env.state).softmax(-1).multinomial(1)[:, 0])
-            alive &= ~(fallen | late)
-    return total.mean().item()
-
-
-@ahead
-def returns_of_carts(folder):
-    return in_a_process_of_its_own("[test_ppo.learn_cartpole(seed) for seed in range(3)]")
-
-
-def test_a_cart_and_its_pole_are_balanced_by_functions_taken_out_of_the_file(returns_of_carts):
-    """Seeds 002, 004: the simulator case, with dones inside rows and rows cut off in time."""
-    assert len(returns_of_carts) == 3 and min(returns_of_carts) >= 400
-
-
 # ==================================================================================================
 # B. The museum of famous bugs: each test fails when its bug is put back
 # ==================================================================================================
@@ -1730,10 +1647,12 @@ def test_a_reward_model_that_returns_nan_is_named():
 
 @pytest.fixture
 def main(folders, monkeypatch):
-    """ppo.main() on folders -> the prompts' token rows, the samples, the rows of each rollout."""
+    """ppo.main() on folders -> the prompts' token rows, the samples, the rows of each rollout.
+    Without the bill, which takes as long as the rest."""
 
     def run(actor="actor", reward=None, **constants):
-        constants = dict(dict(episodes=1, max_length=64, reward_fn=some_score), **constants)
+        constants = dict(dict(episodes=1, max_length=64, reward_fn=some_score, show_bill=int),
+                         **constants)
         if reward:
             constants.update(reward_fn=None, reward_name=str(folders / reward))
         with monkeypatch.context() as patch:
@@ -3741,6 +3660,89 @@ def test_a_run_in_good_health_is_given_no_advice(go, capsys):
 # D. Learning against the truth
 # ==================================================================================================
 
+class CartPole:
+    """CartPole-v1 (Barto, Sutton, Anderson 1983) for many carts at once; 500 steps at most."""
+
+    def __init__(self, carts):
+        self.state, self.age = torch.zeros(carts, 4), torch.full((carts,), 500)
+        self.reset(self.age == 500)
+
+    def reset(self, which):
+        fresh = torch.rand_like(self.state) * 0.1 - 0.05
+        self.state = torch.where(which[:, None], fresh, self.state)
+        self.age = torch.where(which, 0, self.age)
+
+    def step(self, action):
+        """-> the state reached (before any reset), fallen, out of time."""
+        x, v, angle, spin = self.state.unbind(1)
+        sin, cos = angle.sin(), angle.cos()
+        push = (20.0 * action - 10.0 + 0.05 * spin ** 2 * sin) / 1.1
+        turn = (9.8 * sin - cos * push) / (0.5 * (4 / 3 - 0.1 * cos ** 2 / 1.1))
+        speed_up = push - 0.05 * turn * cos / 1.1
+        slope = torch.stack([v, speed_up, spin, turn], 1)
+        self.state, self.age = self.state + 0.02 * slope, self.age + 1
+        fallen = (self.state[:, 0].abs() > 2.4) | (self.state[:, 2].abs() > math.radians(12))
+        reached, late = self.state, (self.age == 500) & ~fallen
+        self.reset(fallen | late)
+        return reached, fallen, late
+
+
+def learn_cartpole(seed, rollouts=30, carts=32, steps=64, gamma=0.99, lambd=0.95):
+    """Train on CartPole with three functions copied out of the file; -> average return."""
+    policy_loss, value_loss, gae = map(copied, ("compute_policy_loss", "compute_value_loss",
+                                                "get_advantages_and_returns"))
+    torch.manual_seed(seed)
+    actor, critic = (torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.Tanh(),
+                                         torch.nn.Linear(64, n)) for n in (2, 1))
+    optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], lr=1e-2)
+    env = CartPole(carts)
+    for rollout in range(rollouts):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (1 - rollout / rollouts)
+        states, actions, rewards, dones = [], [], [], []
+        with torch.no_grad():
+            for _ in range(steps):
+                states.append(env.state)
+                actions.append(torch.distributions.Categorical(logits=actor(env.state)).sample())
+                reached, fallen, late = env.step(actions[-1])
+                # out of time is no failure: the value there stands for what would have come
+                rewards.append(1 + gamma * late * critic(reached)[:, 0])
+                dones.append(fallen | late)
+            states, actions, rewards, dones = (torch.stack(v, 1) for v in (
+                states, actions, rewards, dones))
+            values = critic(states)[..., 0]
+            A, returns = gae(values, rewards, None, gamma, lambd,
+                             last_values=critic(env.state)[:, 0], dones=dones)
+            A = (A - A.mean()) / A.std()
+            old = actor(states).log_softmax(-1).gather(-1, actions[..., None])[..., 0]
+        for _ in range(6):
+            for rows in torch.randperm(carts).split(carts // 4):
+                new = actor(states[rows]).log_softmax(-1).gather(-1, actions[rows][..., None])
+                loss = policy_loss(new[..., 0], old[rows], A[rows]) + value_loss(
+                    critic(states[rows])[..., 0], values[rows], returns[rows], huber_delta=10.0)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.5)
+                optimizer.step()
+    env, alive, total = CartPole(100), torch.ones(100, dtype=torch.bool), torch.zeros(100)
+    with torch.no_grad():
+        while alive.any():
+            total += alive
+            _, fallen, late = env.step(actor(env.state).softmax(-1).multinomial(1)[:, 0])
+            alive &= ~(fallen | late)
+    return total.mean().item()
+
+
+@ahead
+def returns_of_carts(folder):
+    return in_a_process_of_its_own("[test_ppo.learn_cartpole(seed) for seed in range(3)]")
+
+
+def test_a_cart_and_its_pole_are_balanced_by_functions_taken_out_of_the_file(returns_of_carts):
+    """Seeds 002, 004: the simulator case, with dones inside rows and rows cut off in time."""
+    assert len(returns_of_carts) == 3 and min(returns_of_carts) >= 400
+
+
 class EnumerableWorld:
     """A language model whose every response can be listed, so that J of any policy is a finite sum.
 
@@ -3994,7 +3996,8 @@ def build_models(folder):
 
 
 def start(folder, constants, hook=lambda: None):
-    """`python ppo.py` in a child forked here, which spares the import; says all to log -> pid"""
+    """`python ppo.py` in a child forked here, which spares the import; says all to log -> pid.
+    Without the bill, as in `main` above."""
     folder.mkdir(exist_ok=True)
     if pid := os.fork():
         return pid
@@ -4006,7 +4009,7 @@ def start(folder, constants, hook=lambda: None):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.chdir(folder)
-        vars(ppo).update(constants)
+        vars(ppo).update(constants | dict(show_bill=int))
         hook()
         last = ast.parse(Path(ppo.__file__).read_text()).body[-1]  # if __name__ == "__main__"
         try:
@@ -4515,8 +4518,8 @@ def test_a_run_folder_that_refuses_is_named(whole, tmp_path, owner, name, said):
     both ended in a traceback, the second in the constructor of TensorBoard's writer."""
     (tmp_path / "runs/tiny").mkdir(parents=True)
     code, log = run(tmp_path, whole.constants, lambda: setattr(owner, name, no_space))
-    said = f"\nppo.py: {said}: [Errno 28] No space left on device"
-    assert code == 1 and log.rstrip("\n").endswith(said), log
+    said = f"ppo.py: {said}: [Errno 28] No space left on device"
+    assert code == 1 and log.splitlines()[-1] == said, log
 
 
 @pytest.mark.usefixtures("small")
