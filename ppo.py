@@ -512,8 +512,8 @@ def generate_samples(prompts, model, actor_tokenizer, max_length, max_new_tokens
             [item["text"] for item in part], add_special_tokens=add_special_tokens, padding=True,
             truncation=True, max_length=max_length, return_tensors="pt").to(model.device)
         prompt_ids, prompt_mask = inputs["input_ids"], inputs["attention_mask"]  # (B, P)
-        # undivided: no layer in parts (section 13); inverse_cdf: one random number a token (15).
-        with undivided(model), autocast(model), inverse_cdf(), plain_sampling(
+        # undivided: no layer in parts (section 13); less_time: one random number a token (15).
+        with undivided(model), autocast(model), less_time(model), plain_sampling(
                 model, end_tokens, actor_tokenizer.pad_token_id, temperature, max_new_tokens):
             seqs = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask)
         action_mask = get_action_mask(seqs[:, prompt_ids.shape[1]:], end_tokens)
@@ -1723,8 +1723,14 @@ def trace(rows, actor_model, tokenizer, kl_coef):
 
 # ---- 15. Memory and time: taking less, and telling how much before the run ---------------------
 #
-# `less_memory` changes no result; `inverse_cdf` only draws other random numbers. The bill runs the
+# `less_memory` changes no result; `less_time` only draws other random numbers. The bill runs the
 # real functions on tensors without memory, so that it cannot forget one of them.
+
+def is_large(weight):
+    """Large, and on a CPU: for that there are quicker ways below, which would be slower for a small
+    one. On a GPU they were not tried; FSDP2's parts and tensors without memory (the bill), which
+    are no Parameters by their type, cannot take them."""
+    return type(weight) is nn.Parameter and weight.is_cpu and weight.numel() > 2 ** 24
 
 def less_memory(model):
     """Inside, gradient checkpointing is on. It needs training mode: the layers that recompute get
@@ -1736,12 +1742,9 @@ def less_memory(model):
     for layer in model.modules():
         if getattr(layer, "gradient_checkpointing", False):
             stack.enter_context(patch.object(layer, "training", True))
-        # Of a small one that takes longer, on a GPU it is not tried, and torch cannot do it without
-        # memory (the bill) or of FSDP2's parts: neither is a Parameter by its type.
-        large = isinstance(layer, nn.Embedding) and layer.weight.numel() > 2 ** 24
-        if large and type(layer.weight) is nn.Parameter and layer.weight.is_cpu:
-            if layer.weight.grad is not None:
-                stack.enter_context(patch.object(layer, "sparse", True))
+        if (isinstance(layer, nn.Embedding) and is_large(layer.weight)
+                and layer.weight.grad is not None):
+            stack.enter_context(patch.object(layer, "sparse", True))
     head = getattr(model, "lm_head", None)
     tied = getattr(head, "weight", None)
     is_tied = tied is not None and tied is model.get_input_embeddings().weight
@@ -1752,10 +1755,11 @@ def less_memory(model):
         stack.enter_context(patch.object(head, "weight", own))
     return stack
 
-def inverse_cdf():
+def less_time(model):
     """Inside, `generate` draws a token with one random number; torch.multinomial takes one for each
     token of the vocabulary, at 152k of them a third of the time of sampling. In float64: in float32
-    a sum over 152k probabilities would lose the rare ones."""
+    a sum over 152k probabilities would lose the rare ones. And a large lm_head is multiplied in 128
+    parts: with few rows MKL then takes half the time."""
     def multinomial(probs, num_samples, *more, **options):
         if more or options or num_samples != 1 or probs.dim() != 2:  # not of `generate`'s kind
             return own(probs, num_samples, *more, **options)
@@ -1765,8 +1769,16 @@ def inverse_cdf():
         drawn = torch.rand(len(cdf), num_samples, dtype=cdf.dtype, device=cdf.device)
         return torch.searchsorted(cdf, drawn * cdf[:, -1:], right=True)
 
-    own = torch.multinomial
-    return patch.object(torch, "multinomial", multinomial)
+    def multiply(hidden):
+        parts = hidden.flatten(0, -2) @ head.weight.unflatten(0, (128, -1)).mT  # (128, rows, V/128)
+        return parts.transpose(0, 1).reshape(*hidden.shape[:-1], -1)
+
+    own, head, stack = torch.multinomial, getattr(model, "lm_head", None), contextlib.ExitStack()
+    stack.enter_context(patch.object(torch, "multinomial", multinomial))
+    if (type(head) is nn.Linear and head.bias is None and is_large(head.weight)
+            and len(head.weight) % 128 == 0):
+        stack.enter_context(patch.object(head, "forward", multiply))
+    return stack
 
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):
     """Finds the `peak`: the most bytes that tensors made inside take while alive together."""

@@ -6276,6 +6276,21 @@ def test_a_large_embedding_adds_only_its_tokens_to_its_gradient():
     torch.testing.assert_close(table.weight.grad + 1, whole)
 
 
+@pytest.mark.parametrize("words, bias, apart", [
+    (2 ** 16 + 128, False, True), (2 ** 16 + 1, False, False), (2 ** 16 + 128, True, False),
+    (2 ** 15, False, False)])
+def test_a_large_head_gives_the_same_logits_while_generating(words, bias, apart):
+    """In parts where it can be divided, and for `generate` alone."""
+    head = torch.nn.Linear(256, words, bias=bias)
+    model, hidden = SimpleNamespace(lm_head=head), torch.randn(3, 2, 256)[:, :1]
+    with torch.no_grad():
+        whole = head(hidden)
+        with ppo.less_time(model):
+            assert ("forward" in vars(head)) == apart
+            torch.testing.assert_close(head(hidden), whole)
+    assert "forward" not in vars(head)
+
+
 def test_tokens_are_drawn_as_often_as_they_are_likely(monkeypatch):
     """Every number that `torch.rand` could give, in steps of 1e-5, against the probabilities, which
     need not sum to 1; what cannot come never comes, not at 0 and not just below 1."""
@@ -6284,7 +6299,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(monkeypatch):
     numbers[-1] = 1 - 2 ** -53
     monkeypatch.setattr(torch, "rand", lambda rows, _, dtype=torch.float32, **options: (
         numbers[:rows, None].to(dtype)))
-    with ppo.inverse_cdf():
+    with ppo.less_time(None):
         drawn = torch.multinomial(probs.expand(len(numbers), -1), 1)[:, 0]
     counts = drawn.bincount(minlength=7) / len(numbers)
     torch.testing.assert_close(counts, probs[0] / probs.sum(), rtol=0, atol=2e-5)
@@ -6293,7 +6308,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(monkeypatch):
     many = torch.full((1, 150_000), 2.0 ** -30).index_fill_(1, torch.tensor([0]), 1.0)
     wanted = torch.arange(1, 150_000, 1499)
     numbers = (1 + (wanted.double() - 0.5) * 2.0 ** -30) / many.double().sum()
-    with ppo.inverse_cdf():
+    with ppo.less_time(None):
         drawn = torch.multinomial(many.expand(len(numbers), -1), 1)[:, 0]
     assert (drawn - wanted).abs().max() <= 1
 
@@ -6310,7 +6325,7 @@ def test_what_else_is_drawn_while_tokens_are_is_drawn_as_ever():
              lambda: [*torch.utils.data.WeightedRandomSampler(weights, 7)]]
     for call in calls:
         results = []
-        for context in (contextlib.nullcontext, ppo.inverse_cdf):
+        for context in (contextlib.nullcontext, functools.partial(ppo.less_time, None)):
             torch.manual_seed(0)
             with context():
                 results.append(torch.as_tensor(call()).tolist())
