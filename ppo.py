@@ -1737,7 +1737,7 @@ def less_memory(model):
     it, but not the modules in them, so dropout stays off. And an lm_head tied to the embedding is a
     parameter of its own that shares its memory and its gradient. Else autograd holds the gradients
     of both uses and their sum beside the one that is kept: at a vocabulary of 152k four times the
-    largest tensor, instead of two. A large embedding's comes as the rows that are not zero."""
+    largest tensor, instead of two. After the first, a large embedding's is added as a few rows."""
     stack = contextlib.ExitStack()
     for layer in model.modules():
         if getattr(layer, "gradient_checkpointing", False):
