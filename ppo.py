@@ -1727,9 +1727,9 @@ def trace(rows, actor_model, tokenizer, kl_coef):
 # real functions on tensors without memory, so that it cannot forget one of them.
 
 def is_large(weight):
-    """Large, and on a CPU: for that there are quicker ways below, which would be slower for a small
-    one. On a GPU they were not tried; FSDP2's parts and tensors without memory (the bill), which
-    are no Parameters by their type, cannot take them."""
+    """Large, and on a CPU: for that there are quicker ways below. A small one gains little by them,
+    on a GPU they were not tried; FSDP2's parts and tensors without memory (the bill), which are no
+    Parameters by their type, cannot take them."""
     return type(weight) is nn.Parameter and weight.is_cpu and weight.numel() > 2 ** 24
 
 def less_memory(model):
