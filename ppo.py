@@ -1487,7 +1487,7 @@ def check_forward(run):
     """Yields for each check its name, the numbers found, the limit that they must stay below, and
     advice if they do not."""
     actor, critic, _, ref = run.models
-    rounding = 1e-4 if device == "cpu" else math.inf  # bf16's is reported and not judged
+    rounding = 1e-4 if device == "cpu" else 0.5  # bf16 rounds a logit of 64 by up to 0.125
     small = [p for model in (actor, critic) for p in model.parameters()
              if p.requires_grad and p.dtype.itemsize < 4]
     yield ("trained weights have 32 bits", len(small), 1,
@@ -1552,7 +1552,7 @@ def check_update(run, rows, rounding):
         for p in (weights[0] | weights[1]).values():
             if p.grad is not None:  # negated: after the second size the difference is left
                 p.grad.neg_()
-    yield ("any micro-batch size gives one gradient", norms[1] / norms[0], 10 * rounding,
+    yield ("any micro-batch size gives one gradient", norms[1] / norms[0], min(10 * rounding, 0.3),
            "Each loss needs the denominator of the whole step")
     shared = sum(len({*a} & {*b}) for i, a in enumerate(weights[:2]) for b in weights[i + 1:])
     yield "no trained weight is shared", shared, 1, "deepcopy one of its owners"

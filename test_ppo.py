@@ -2644,6 +2644,24 @@ def test_the_self_check_names_exactly_what_is_broken(mutate, go, monkeypatch, se
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("mutate", [break_reference, break_denominator, break_ratio],
+                         ids=lambda f: f.__name__[6:])
+def test_on_a_gpu_the_self_check_leaves_bf16_its_rounding_and_no_more(mutate, go, monkeypatch):
+    """Once its checks passed there whatever they found: a KL of 9 had a tick."""
+    models = dict(actor=make_model(), reward=make_reward_model("llama"), ref=None, critic=None)
+    models["actor"].lm_head.weight.data *= 30  # real models are not that undecided either
+    monkeypatch.setitem(ppo.RULES, "device", ["cuda"])
+    mutate(monkeypatch, models)
+    options = dict(reward_tokenizer=word_tokenizer(), self_check="stop", device="cuda", episodes=1,
+                   micro_train_batch_size=6, train_batch_size=6)
+    if mutate is break_ratio:  # by 0.01
+        assert go(**models, **options).steps
+    else:
+        with pytest.raises(ppo.InputError, match=re.escape(min(BREAKS[mutate]))):
+            go(**models, **options)
+
+
+@pytest.mark.usefixtures("small")
 def test_the_self_check_leaves_large_scores_their_rounding(go):
     """Alone and in a batch, scores of some hundred thousand differ by more than 1e-4."""
     reward = make_reward_model("llama")
@@ -5699,6 +5717,105 @@ def test_processes_can_send_what_lies_on_the_cpu_also_where_there_is_a_gpu(
     if device == "cuda":
         with pytest.raises(ppo.InputError, match="fewer GPUs than processes.*--nproc_per_node"):
             ppo.start_processes()
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor of a pretended accelerator, computed on the CPU. As on a GPU, an operation whose
+    tensors lie on two devices is refused, but for single numbers and indices."""
+    device_name = "elsewhere"
+    tolist = lambda self: self.here.tolist()  # noqa: E731
+
+    @staticmethod
+    def __new__(cls, here):
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, here.shape, strides=here.stride(), storage_offset=here.storage_offset(),
+            dtype=here.dtype, device=torch.device(cls.device_name, 0))
+        self.here = here
+        return self
+
+    def __tensor_flatten__(self):  # lets nn.Module.to swap it in
+        return ["here"], None
+
+    def __repr__(self):
+        return f"elsewhere: {self.here}"
+
+    def numpy(self, *_, **__):
+        raise TypeError("can't convert a tensor of another device to numpy")
+
+    @classmethod
+    def mode(cls):
+        """Inside, also what is made by torch.zeros(..., device=...) and the like is such a tensor."""
+        class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+            __torch_dispatch__ = lambda self, *args: cls.__torch_dispatch__(*args)  # noqa: E731
+        return Mode()
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        aten, leaves = torch.ops.aten, torch.utils._pytree.tree_leaves
+        kwargs = dict(kwargs or {})
+        tensors = [x for x in leaves((args, kwargs)) if torch.is_tensor(x)]
+        theirs = [x for x in tensors if isinstance(x, cls)]
+        ours = [x for x in tensors if not isinstance(x, cls) and x.dim()]
+        may_mix = [aten._to_copy.default, aten.copy_.default]
+        if theirs and ours and function not in may_mix and not (
+                "index" in str(function) and isinstance(args[0], cls)):
+            raise RuntimeError(f"{function}: tensors on two devices")
+        asked, moved = kwargs.get("device"), bool(theirs)
+        if asked is not None:
+            moved, kwargs["device"] = torch.device(asked).type == cls.device_name, "cpu"
+        if function is aten.copy_.default:
+            moved = isinstance(args[0], cls)
+        known = {id(getattr(x, "here", x)): x for x in tensors}  # what is changed in place
+        args, kwargs = torch.utils._pytree.tree_map(
+            lambda x: x.here if isinstance(x, cls) else x, (args, kwargs))
+        with torch.utils._python_dispatch._disable_current_modes():
+            made = function(*args, **kwargs)
+        return torch.utils._pytree.tree_map(lambda x: known.get(id(x)) if id(x) in known else (
+            cls(x) if moved and torch.is_tensor(x) else x), made)
+
+
+def train_elsewhere():
+    """The same run of `train` on the CPU and on such a device -> what each logged."""
+    import torch.utils.backend_registration as backends
+    backend, make, logged = backends._DummyBackendModule(), torch.tensor, []
+    backend.get_amp_supported_dtype = lambda: [torch.bfloat16]
+    backends._setup_privateuseone_for_python_backend(Elsewhere.device_name, backend)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    # It makes its tensor where no mode sees it.
+    torch.tensor = lambda *args, device="cpu", **more: make(*args, **more).to(device)
+    for where in ("cpu", Elsewhere.device_name):
+        models = [make_model(), ppo.Critic(make_model().base_model).eval(),
+                  make_reward_model("llama"), make_model().requires_grad_(False)]
+        with (pytest.MonkeyPatch.context() as patch,
+              Elsewhere.mode() if where != "cpu" else contextlib.nullcontext()):
+            patch.setitem(ppo.RULES, "device", [where])
+            for name, value in (SMALL | dict(
+                    device=where, self_check="stop", trace_every=2, episodes=2, max_epochs=2,
+                    kl_in="loss", entropy_coef=0.1, truncated="bootstrap", whiten_rewards=True,
+                    normalize_scores=True, value_clip_eps=0.2, dual_clip=3.0, temperature=0.8,
+                    missing_eos_penalty=1.0, target_kl=9.0, gold_fn=some_score)).items():
+                patch.setattr(ppo, name, value)
+            patch.setattr(ppo.Run, "save_actor", lambda *_: True)
+            words, writer = word_tokenizer(), Writer()
+            transformers.set_seed(1)
+            ppo.train(["a b", "c", "d e f"], ["a", "b c d"], *map(ppo.place, models), words, words,
+                      writer)
+        logged.append({tag: values for tag, values in writer.scalars.items() if "time" not in tag})
+    return logged
+
+
+@ahead
+def runs_on_two_devices(folder):
+    return in_a_process_of_its_own("test_ppo.train_elsewhere()")
+
+
+def test_on_a_gpu_no_tensor_is_left_on_the_cpu(runs_on_two_devices):
+    """A GPU is seen by no test: a pretended one refuses, as it would, what mixes the two; and what
+    is logged is what the CPU logs."""
+    here, there = runs_on_two_devices
+    assert here.keys() == there.keys() and len(here) > 20
+    for tag, values in here.items():
+        assert numpy.allclose(values, there[tag], atol=1e-4), tag
 
 
 def test_no_test_and_no_program_beside_them_sees_a_gpu():
