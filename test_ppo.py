@@ -4692,14 +4692,14 @@ def test_a_kill_between_the_two_renames_is_mended_at_the_next_start(tmp_path, mo
     kill left half written takes no room for ever: weights and Adam of a real model do."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ppo, "run_name", "t")
-    names = ("best.old", "best") if later else ("best.old",)
+    names = ("best", "best.old") if later else ("best.old",)
     for name in names:
         assert write_version("runs/t/" + name, name)
     for half in ("runs/t/final.tmp", "runs/t/checkpoints/rollout-000002.tmp"):
         os.makedirs(half + "/actor")
     ppo.claim_run_folder("runs/t/checkpoints/rollout-000001")
     assert glob.glob("runs/t/**/*.tmp", recursive=True) == []
-    assert os.path.exists("runs/t/best") and read_version("runs/t/best") == names[-1]
+    assert os.path.exists("runs/t/best") and read_version("runs/t/best") == names[0]
 
 
 @pytest.mark.usefixtures("small")
