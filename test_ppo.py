@@ -4242,6 +4242,15 @@ def test_a_signal_saves_the_start_of_a_rollout_or_finishes_its_update(whole, tmp
         check_same_end(tmp_path, whole)
 
 
+def test_a_signal_where_the_state_is_on_the_disk_already_says_so_too(whole, tmp_path):
+    """Generating rollout 3: save_every = 2 has just saved what there is."""
+    code, log = run(tmp_path, whole.constants, functools.partial(
+        strike_in, torch, "searchsorted", 2, 2, send(signal.SIGINT)))
+    assert code == 1 and "   2/6 score" in log and "   3/6 score" not in log
+    assert "stopped and saved: set resume = 'latest' to go on" in log, log
+    assert os.listdir(tmp_path / "runs" / "tiny" / "checkpoints") == ["rollout-000002"]
+
+
 @pytest.mark.parametrize("name, rollout, saved", [
     ("compute_scores", 0, ""), ("compute_scores", 3, "23"), ("train_step", 3, "2"),
     ("evaluate", 3, "24")])
